@@ -30,7 +30,7 @@ class RunSpec:
     script: str  # path as given, or the module's name if `module`
     args: tuple[str, ...] = ()
     module: bool = False
-    workers: int = 1  # `--workers MIN:MAX` comes with elasticity; auto is resolved before
+    workers: int = 1  # 0 only where `auto` names it
     address: str = "local"
     working_dir: str | None = None
     storage: str = "./runs"
@@ -55,3 +55,9 @@ class RunSpec:
     quiet: bool = False
     json: bool = False
     faults: tuple[str, ...] = ()  # `--fault` specs, for chaos
+    from_run: str | None = None  # `--from RUN[@…]`: the checkpoint that a new run starts from
+    allow_partial: bool = False
+    hang_timeout: str = "auto"  # as asked for: "auto", "off" or seconds
+    auto: tuple[str, ...] = ()  # fields that the driver settles once it sees the cluster: "workers", "gpus_per_worker"
+    reference: str | None = None  # chaos: a directory that keeps the undisturbed run's outcome between calls
+    command: tuple[str, ...] = ()  # the command line that started this launch and continues the run

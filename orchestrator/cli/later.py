@@ -1,0 +1,28 @@
+"""Commands whose time has not come: each says so, and what to do instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from orchestrator.errors import UsageError
+
+
+def _later(name: str, instead: str) -> click.Command:
+    def refuse(**_: Any) -> int:
+        raise UsageError(f"`orchestrator {name}` is not available yet; {instead}")
+
+    return click.Command(
+        name,
+        callback=refuse,
+        params=[click.Argument(["words"], nargs=-1, type=click.UNPROCESSED)],
+        context_settings={"ignore_unknown_options": True},
+        help=f"Not available yet; {instead}.",
+    )
+
+
+report_command = _later("report", "use `orchestrator status RUN` and `orchestrator events RUN --json`")
+submit_command = _later("submit", "use `ray job submit -- orchestrator launch …` on the cluster")
+attach_command = _later("attach", "use `orchestrator events RUN --follow` and `orchestrator logs RUN --follow`")
+deploy_command = _later("deploy", "take the manifests in deploy/ as they are")
