@@ -83,7 +83,7 @@ def main():
     parser.add_argument("--width", type=int, default=64, help="bytes a window")
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=1e-2)
     args = parser.parse_args()
 
     data = read_source(limit_bytes=4_000_000)
