@@ -3,8 +3,8 @@
     python -m benchmarks.overhead [--pairs 6] [--json]
 
 Two paired experiments on two ranks, the order of each pair alternating:
-    wall   steps of about 50 ms of pure computing: ratio of the mean step times (Ray with three idle actors beside torchrun,
-           because any system on Ray pays for an idle Ray)
+    wall   steps of about 50 ms of pure computing: ratio of the mean step times (torchrun runs beside a Ray with three
+           idle actors, because any system on Ray pays for an idle Ray)
     cpu    short steps, padded to 10 ms: difference of CPU time a step and worker, all threads of the worker counted
 """
 

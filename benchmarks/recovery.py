@@ -2,7 +2,7 @@
 
     python -m benchmarks.recovery [--trials 10] [--only orchestrator,torchrun,ray_train] [--json]
 
-One of two ranks gets SIGKILL from outside at a random moment of a step. Measured from the kill, by the ranks' step logs:
+One of two ranks gets SIGKILL from outside at a random moment of a step. Measured from the kill, by step logs:
     recovery    until every rank has finished its first step in the restarted group
     caught up   until every rank has finished a step that nobody had finished before (peers repeat lost steps first)
     lost        steps that were finished before the kill and had to be done again
