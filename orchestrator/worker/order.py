@@ -46,7 +46,7 @@ class Permutation:
     """A keyed bijection on [0, n): sample = permutation(seed, epoch)(position). O(1) memory, any position at once.
 
     A generalised Feistel network over [0, a) x [0, b) with a * b just above n (Black & Rogaway, "Ciphers with
-    arbitrary finite domains", 2002), walked along its cycle until it falls inside [0, n). `shuffle=False`: the identity.
+    arbitrary finite domains", 2002), walked along its cycle until inside [0, n). `shuffle=False`: the identity.
     """
 
     def __init__(self, n: int, seed: int, epoch: int, shuffle: bool = True) -> None:
@@ -70,12 +70,13 @@ class Permutation:
         if not self._shuffle:
             return where.copy()
         if self._table is not None:
-            return self._table[where]
-        return self._walk(where.ravel().astype(np.uint64)).astype(np.int64).reshape(where.shape)
+            return np.take(self._table, where)
+        walked: Indices = self._walk(where.ravel().astype(np.uint64)).astype(np.int64)
+        return walked.reshape(where.shape)
 
     def _build_table(self) -> Indices:
         words = np.arange(self.n, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(self._keys[0])
-        return np.argsort(_mix(_mix(words) ^ np.uint64(self._keys[1])), kind="stable").astype(np.int64)
+        return np.asarray(np.argsort(_mix(_mix(words) ^ np.uint64(self._keys[1])), kind="stable"), dtype=np.int64)
 
     def _walk(self, values: _Words) -> _Words:
         values = self._encrypt(values)
@@ -92,7 +93,8 @@ class Permutation:
             moved = (left + _mix(right ^ np.uint64(key)) % size_left) % size_left
             left, right = right, moved
             size_left, size_right = size_right, size_left
-        return left * size_right + right
+        joined: _Words = left * size_right + right
+        return joined
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,7 @@ class Split:
     offsets: tuple[int, ...]
 
 
-def split(
-    batch_size: int, world_size: int, accumulate: int = 1, loads: Sequence[float] | None = None
-) -> Split:
+def split(batch_size: int, world_size: int, accumulate: int = 1, loads: Sequence[float] | None = None) -> Split:
     """Contiguous shares, as even as possible (or as near to `loads` as possible), each a multiple of `accumulate`.
 
     Shares in multiples of `accumulate` make every rank's microbatches equally large; ranks then differ by at most
@@ -148,7 +148,7 @@ def batches_per_epoch(n: int, batch_size: int, drop_last: bool) -> int:
 def check_batch(n: int | None, batch_size: int, world_size: int, accumulate: int, drop_last: bool) -> None:
     """Refuse what cannot train, saying what would. `n`: samples of the dataset, None if unknown. Raises UsageError."""
     if n == 0:
-        raise UsageError("The dataset is empty (its length is 0), so nothing would train; check where its data come from.")
+        raise UsageError("The dataset is empty (its length is 0), so nothing would train; check where its data are.")
     if batch_size % accumulate:
         raise UsageError(
             f"batch_size={batch_size} cannot be split into accumulate={accumulate} equal microbatches; "
@@ -157,8 +157,8 @@ def check_batch(n: int | None, batch_size: int, world_size: int, accumulate: int
     if batch_size < world_size * accumulate:
         parts = f" in {accumulate} microbatches" if accumulate > 1 else ""
         raise UsageError(
-            f"batch_size={batch_size} counts samples over all ranks and leaves nothing for some of {world_size} ranks{parts}; "
-            f"pass at least batch_size={world_size * accumulate} or start fewer workers."
+            f"batch_size={batch_size} counts samples over all ranks and leaves nothing for some of {world_size} "
+            f"ranks{parts}; pass at least batch_size={world_size * accumulate} or start fewer workers."
         )
     if n is None:
         return

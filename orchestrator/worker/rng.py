@@ -9,7 +9,7 @@ import contextlib
 import functools
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def mix64(value: int) -> int:
-    """A 64-bit bijection in which every input bit moves every output bit (splitmix64's finaliser, Steele et al. 2014)."""
+    """A bijection of 64-bit words in which every input bit moves every output bit (splitmix64, Steele et al. 2014)."""
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
     return value ^ (value >> 31)
@@ -58,9 +58,13 @@ def seed_all(value: int, cuda: bool = True) -> None:
     torch.default_generator.manual_seed(value)
     np.random.seed(value >> 32)
     random.seed(value)
-    if cuda and torch.cuda.is_initialized():
-        for generator in torch.cuda.default_generators:
-            generator.manual_seed(value)
+    for generator in _cuda_generators() if cuda else ():
+        generator.manual_seed(value)
+
+
+def _cuda_generators() -> tuple[torch.Generator, ...]:
+    """None before CUDA is in use: asking would initialise it."""
+    return torch.cuda.default_generators if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
@@ -73,19 +77,20 @@ def guard(cuda: bool = True) -> Iterator[None]:
         restore()
 
 
-class capture:  # noqa: N801 - used as a verb: `restore = capture()`
-    """The state of all global generators; calling it puts that state back (as often as wanted)."""
+def capture(cuda: bool = True) -> Callable[[], None]:
+    """A function that puts all global generators back into the state they have now; it can be called repeatedly."""
+    torch_state, numpy_state, random_state = (
+        torch.default_generator.get_state(),
+        np.random.get_state(legacy=False),
+        random.getstate(),
+    )
+    cuda_states = [(generator, generator.get_state()) for generator in (_cuda_generators() if cuda else ())]
 
-    def __init__(self, cuda: bool = True) -> None:
-        self._torch = torch.default_generator.get_state()
-        self._numpy = np.random.get_state(legacy=False)
-        self._random = random.getstate()
-        generators = torch.cuda.default_generators if cuda and torch.cuda.is_initialized() else ()
-        self._cuda = [(generator, generator.get_state()) for generator in generators]
-
-    def __call__(self) -> None:
-        torch.default_generator.set_state(self._torch)
-        np.random.set_state(self._numpy)
-        random.setstate(self._random)
-        for generator, state in self._cuda:
+    def restore() -> None:
+        torch.default_generator.set_state(torch_state)
+        np.random.set_state(numpy_state)
+        random.setstate(random_state)
+        for generator, state in cuda_states:
             generator.set_state(state)
+
+    return restore
