@@ -26,6 +26,7 @@ class ErrorInfo:
     traceback: str = ""
     frame: str = ""
     secondary: bool = False
+    setup: bool = False
     log_path: str = ""
     exit_code: int | None = None  # a refusal (UsageError 2, ConfigRefused 78) raised by our own API: never retried
 
@@ -50,11 +51,16 @@ class AgentLost:
 
 @dataclass(frozen=True)
 class GroupStarted:
-    """All workers of one agent were forked and handed their specification. `workers`: rank → pid."""
+    """All workers of one agent were forked and handed their specification. `workers`: rank → pid.
+
+    `resume_step` is the step the shell really found to go on from, where it had to look (a start from storage); None if
+    the machine named the source itself or the run is fresh.
+    """
 
     attempt: int
     agent: str
     workers: tuple[tuple[int, int], ...]
+    resume_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -171,12 +177,17 @@ class ShardPersisted:
 
 @dataclass(frozen=True)
 class ShardLost:
-    """A share could not be persisted (disk full, agent gone): the save it belongs to is dropped whole."""
+    """A share could not be persisted (disk full, agent gone): the save it belongs to is dropped whole.
+
+    Without a `reason` every save of (attempt, step) that is not complete yet is meant.
+    """
 
     attempt: int
     step: int
     rank: int
     why: str
+    reason: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -188,6 +199,8 @@ class Committed:
     ok: bool
     why: str = ""
     superseded: bool = False
+    reason: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True)
