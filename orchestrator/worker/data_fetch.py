@@ -77,28 +77,30 @@ class Fetcher:
 
 def _takes_batches(dataset: Any) -> bool:
     """Whether the dataset reads whole batches itself (Subset only passes `__getitems__` on, or loops as we do)."""
-    while isinstance(dataset, Subset) and type(dataset) is Subset:
-        dataset = dataset.dataset
-    return bool(getattr(dataset, "__getitems__", None))
+    inner = dataset
+    while type(inner) is Subset:
+        inner = inner.dataset
+    return bool(getattr(inner, "__getitems__", None))
 
 
 def _tensor_columns(dataset: Any) -> tuple[tuple[torch.Tensor, ...], Indices | None] | None:
     """(tensors, subset indices or None) if `dataset` is a TensorDataset or a Subset of one; None for all else."""
     subset: Indices | None = None
-    while isinstance(dataset, Subset) and type(dataset) is Subset:
-        own = np.asarray(dataset.indices)
+    inner: Any = dataset
+    while type(inner) is Subset:
+        own = np.asarray(inner.indices)
         if own.ndim != 1 or own.dtype.kind not in "iu":
             return None
         subset = own.astype(np.int64) if subset is None else own.astype(np.int64)[subset]
-        dataset = dataset.dataset
-    if type(dataset) is not TensorDataset:
+        inner = inner.dataset
+    if type(inner) is not TensorDataset:
         return None
-    plain = all(type(t) is torch.Tensor and t.layout is torch.strided for t in dataset.tensors)
+    plain = all(type(t) is torch.Tensor and t.layout is torch.strided for t in inner.tensors)
     if not plain:
         return None
     if subset is not None:
-        subset = np.where(subset < 0, subset + len(dataset), subset)
-    return dataset.tensors, subset
+        subset = np.where(subset < 0, subset + len(inner), subset)
+    return inner.tensors, subset
 
 
 def identity(batch: Any) -> Any:

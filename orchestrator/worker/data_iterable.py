@@ -79,7 +79,7 @@ class IterableLoop:
         if cursor is not None and self.stateful and "reader" not in cursor:
             raise UsageError(
                 f"The checkpoint holds no state of {type(self.settings.source).__name__} for rank {self.rank}; "
-                "an iterable that every rank reads by itself only continues with the number of workers it was saved with."
+                "an iterable that every rank reads by itself continues only with as many workers as it was saved with."
             )
         return IterableIterator(self, cursor)
 

@@ -70,7 +70,7 @@ class Permutation:
         if not self._shuffle:
             return where.copy()
         if self._table is not None:
-            return np.take(self._table, where)
+            return np.asarray(np.take(self._table, where), dtype=np.int64)
         walked: Indices = self._walk(where.ravel().astype(np.uint64)).astype(np.int64)
         return walked.reshape(where.shape)
 
