@@ -136,9 +136,21 @@ def pure_module_name(path: Path) -> str:
 
 def allowed_in_pure(name: str) -> bool:
     """`name` is "module.attribute" or "module"; PurePath classes compute, the other classes of pathlib do I/O."""
-    if name.startswith("pathlib.Pure"):
+    if name.startswith("pathlib.Pure") or name == "random":  # of random only seeded generators: `unseeded_randomness`
         return True
     return any(name == module or name.startswith(module + ".") for module in PURE_STDLIB)
+
+
+def unseeded_randomness(tree: ast.AST) -> list[int]:
+    """Lines that use `random` in another way than `random.Random(seed)`, which is a function of its seed."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
+    seeded = {call.func for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "Random"}
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "random"
+        if node not in seeded
+    ]
 
 
 @pytest.mark.parametrize("path", pure_sources(), ids=relative)
@@ -148,7 +160,9 @@ def test_pure_modules_do_no_io_and_read_no_clock(path: Path) -> None:
     for line, name in imports(path):
         if name.startswith("orchestrator.") and not ({name, name.rpartition(".")[0]} & pure):
             wrong.append(f"line {line}: imports {name}, which is not pure")
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    wrong += [f"line {line}: random without a seed" for line in unseeded_randomness(tree)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in IMPURE_BUILTINS:
             wrong.append(f"line {node.lineno}: calls {node.func.id}()")
     assert wrong == []
@@ -202,6 +216,11 @@ def test_a_relative_import_of_the_own_layer_is_fine(tmp_path: Path, monkeypatch:
     assert wrong_arrows(path) == []
 
 
-@pytest.mark.parametrize("name", ["time.monotonic", "os", "io", "random", "socket.socket", "pathlib.Path", "torch"])
+@pytest.mark.parametrize("name", ["time.monotonic", "os", "io", "random.random", "socket", "pathlib.Path", "torch"])
 def test_what_pure_modules_may_not_import(name: str) -> None:
     assert not allowed_in_pure(name)
+
+
+def test_randomness_without_a_seed_is_seen() -> None:
+    code = "import random\nrandom.Random(7).random()\nrandom.random()\nrandom.Random().random()\nf(random)"
+    assert unseeded_randomness(ast.parse(code)) == [3, 4]
