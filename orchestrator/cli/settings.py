@@ -13,6 +13,7 @@ from typing import Any
 
 from orchestrator import text
 from orchestrator.errors import UsageError
+from orchestrator.storage.layout import check_run_name
 
 
 @dataclass(frozen=True)
@@ -59,22 +60,6 @@ def _storage(value: str) -> str:
     if scheme and scheme.group(1) != "file":
         raise UsageError(f"storage cannot be `{scheme.group(1)}://`; give a path or file:///path")
     return _something(value)
-
-
-def _run_name(value: str) -> str:
-    """A directory's name below the storage, nothing that leads anywhere else."""
-    if not value.strip():
-        raise UsageError("the name is empty; choose one such as mnist-2")
-    if "/" in value or "\\" in value:
-        raise UsageError(
-            "a run's name is one directory below the storage, without slashes; put the rest into --storage"
-        )
-    if value.startswith((".", "-")) or not re.fullmatch(r"[A-Za-z0-9_.+=,-]+", value) or len(value.encode()) > 120:
-        raise UsageError(
-            "a run's name starts with a letter, digit or _ and holds letters, digits and _ . + = , - "
-            "(at most 120 of them); `@` would point at a checkpoint"
-        )
-    return value
 
 
 def _address(value: str) -> str:
@@ -167,7 +152,7 @@ _SETTINGS = (
         "Code to ship to the nodes (not available yet).",
     ),
     Setting("storage", _storage, "./runs", "URI", "Where runs live."),
-    Setting("run-name", _run_name, None, "NAME", "The run is URI/NAME; given, it is continued."),
+    Setting("run-name", check_run_name, None, "NAME", "The run is URI/NAME; given, it is continued."),
     Setting(
         "from",
         _later("starting from another run's checkpoint", "load it in the script with orchestrator.load(RUN)"),

@@ -54,15 +54,18 @@ def batch_product(global_batch: int, world_size: int, accumulate: int = 1) -> st
 def header(facts: Facts) -> list[Line]:
     """First contact. Known keys come first and in order; whatever else is handed over follows as it is.
 
+    Facts without `run` are a supplement (the batch, once it is known): how to stop and continue is not said again.
+
     Keys: run, storage, path, ranks, where, batch, seed, resume, logs; command (words or text); stop; anew.
     """
     rows = [(label, facts[label]) for label in _HEADER_LABELS if facts.get(label) is not None]
     known = {*_HEADER_LABELS, "command", "stop", "continue", "anew"}
     rows += [(str(key), value) for key, value in facts.items() if key not in known and value is not None]
-    rows.append(("stop", facts.get("stop", _HOW_TO_STOP)))
-    rows.append(("continue", facts.get("continue") or _same_command(facts.get("command"))))
-    rows.append(("start anew", facts.get("anew", "--run-name with a new name")))
-    width = max(len(label) for label, _ in rows)
+    if facts.get("run") is not None:
+        rows.append(("stop", facts.get("stop", _HOW_TO_STOP)))
+        rows.append(("continue", facts.get("continue") or _same_command(facts.get("command"))))
+        rows.append(("start anew", facts.get("anew", "--run-name with a new name")))
+    width = max((len(label) for label, _ in rows), default=0)
     return [Line(f"{label:<{width}}  {_value(value)}") for label, value in rows]
 
 
