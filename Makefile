@@ -61,7 +61,8 @@ chaos: $(VENV)/test.stamp
 	@rm -rf $(RUN_DIR)/chaos && mkdir -p $(RUN_DIR)/chaos
 	@set -e; for script in digits bytes_lm; do for seed in $$(seq 1 $(CHAOS_SEEDS)); do \
 	  echo "== examples/$$script.py, $(CHAOS_WORKERS) workers, seed $$seed"; \
-	  $(BIN)/orchestrator chaos --workers $(CHAOS_WORKERS) --storage $(RUN_DIR)/chaos --run-name $$script \
+	  $(BIN)/orchestrator chaos --workers $(CHAOS_WORKERS) --storage $(RUN_DIR)/chaos \
+	    --run-name $$script-seed-$$seed --reference $(RUN_DIR)/chaos/$$script-reference \
 	    --fault random:seed=$$seed,count=5,kinds=kill+raise+exit examples/$$script.py; \
 	done; done
 
