@@ -120,7 +120,8 @@ class WorkerInit:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         info = get_worker_info()
         if info is not None:  # user code looks for its own dataset there, not for our wrapper of it
-            object.__setattr__(info, "dataset", info.dataset.dataset)
+            wrapper: Any = info.dataset
+            object.__setattr__(info, "dataset", wrapper.dataset)
         if self._user is not None:
             self._user(worker_id)
 

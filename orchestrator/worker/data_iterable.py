@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -101,7 +102,8 @@ class IterableIterator:
         # The source's state after the last step consumed; None: not taken yet.
         self._boundary: dict[str, Any] | None = None
         self._closed = self._dry = False
-        self._may_be_empty = cursor is not None  # saved at the very end of an epoch
+        self._may_be_empty = False  # continued within an epoch, perhaps at its very end
+        self._over = False  # the source has said already that this epoch is over
         self._epoch: int = place["epoch"]
         self._steps_in_epoch = 0
         with rng.guard(cuda=False):
@@ -114,6 +116,7 @@ class IterableIterator:
     def _start(self, cursor: Cursor | None) -> None:
         if cursor is not None and self._loop.stateful:
             self._epoch = cursor["reader"]["epoch"]
+            self._may_be_empty = not cursor["reader"]["fresh"]
             self._set_epoch()
             self._source.load_state_dict(copy.deepcopy(cursor["reader"]["state"]))
         else:
@@ -167,7 +170,9 @@ class IterableIterator:
     def _reader(self) -> dict[str, Any] | None:
         """The source's state at the boundary: taken before anything beyond it is read."""
         if self._boundary is None and self._loop.stateful:
-            self._boundary = {"epoch": self._epoch, "state": copy.deepcopy(self._source.state_dict())}
+            state = copy.deepcopy(self._source.state_dict())
+            # A source that has ended stands at the start of the next epoch.
+            self._boundary = {"epoch": self._epoch + self._over, "fresh": self._over, "state": state}
         return self._boundary
 
     def _advance(self, item: Item) -> None:
@@ -196,6 +201,8 @@ class IterableIterator:
         """The microbatches of the next full step, going on to the next epoch where this one has no more."""
         if not self._in_range():
             raise _DryError
+        if self._over:
+            self._next_epoch()
         micros: list[Any] = []
         while len(micros) < self._loop.settings.accumulate:
             batch = self._read_batch()
@@ -213,13 +220,14 @@ class IterableIterator:
 
     def _next_epoch(self) -> None:
         if self._steps_in_epoch == 0 and not self._may_be_empty:
-            if self._place["index"] == 0 and self._loop.settings.train:
+            if self._loop.settings.train:
                 raise UsageError(
-                    f"{type(self._source).__name__} gave rank {self._loop.rank} no full batch, so nothing would train; "
-                    "check what it yields, or lower `batch_size`."
+                    f"{type(self._source).__name__} gave rank {self._loop.rank} no full batch in epoch {self._epoch}, "
+                    "so nothing would train; check that its `__iter__` starts over after its end, or lower `batch_size`."
                 )
             raise _DryError
-        self._epoch, self._steps_in_epoch, self._may_be_empty = self._epoch + 1, 0, False
+        self._epoch, self._steps_in_epoch = self._epoch + 1, 0
+        self._may_be_empty = self._over = False
         if not self._in_range():
             raise _DryError
         self._set_epoch()
@@ -233,11 +241,8 @@ class IterableIterator:
                 return batch, first_dim(batch)
             return None
         wanted = self._loop.own // s.accumulate
-        samples = []
-        for sample in self._iterator:
-            samples.append(sample)
-            if len(samples) == wanted:
-                break
+        samples = list(itertools.islice(self._iterator, wanted))
+        self._over = 0 < len(samples) < wanted and not s.drop_last
         if not samples or (len(samples) < wanted and s.drop_last):
             return None
         return (s.collate_fn or default_collate)(samples), len(samples)

@@ -117,7 +117,7 @@ def _iterable(settings: Settings, kind: str) -> Settings:
     if not hasattr(source, "__iter__"):
         missing = " (it has no `__len__`)" if hasattr(source, "__getitem__") else ""
         raise UsageError(
-            f"run.batches cannot read from a {kind}{missing}; pass a dataset with `__len__` and `__getitem__`, "
+            f"run.batches cannot read from {kind}{missing}; pass a dataset with `__len__` and `__getitem__`, "
             "a DataLoader, or an iterable with `state_dict` and `load_state_dict`."
         )
     if settings.train and not _stateful(source):

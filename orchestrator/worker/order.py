@@ -68,9 +68,9 @@ class Permutation:
         if where.size and (int(where.min()) < 0 or int(where.max()) >= self.n):
             raise IndexError(f"positions must lie in [0, {self.n})")
         if not self._shuffle:
-            return where.copy()
+            return np.array(where, dtype=np.int64)
         if self._table is not None:
-            return np.asarray(np.take(self._table, where), dtype=np.int64)
+            return self._table[where]
         walked: Indices = self._walk(where.ravel().astype(np.uint64)).astype(np.int64)
         return walked.reshape(where.shape)
 

@@ -133,7 +133,8 @@ def test_batches_per_epoch() -> None:
             1,
             1,
             True,
-            "50 samples make no full batch of 64, so nothing would train; lower `batch_size` or pass `drop_last=False`.",
+            "50 samples make no full batch of 64, so nothing would train; "
+            "lower `batch_size` or pass `drop_last=False`.",
         ),
         (0, 64, 1, 1, True, "dataset is empty"),
         (100, 3, 4, 1, True, "batch_size=3 .*some of 4 ranks; pass at least batch_size=4 or start fewer workers"),

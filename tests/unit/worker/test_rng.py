@@ -22,22 +22,23 @@ def test_derive_is_pinned_for_ever() -> None:
 
 
 def test_derive_separates_its_parts() -> None:
-    values = [rng.derive(*parts) for parts in [(1,), (2,), (1, "a"), (1, "b"), (1, 1), (1, "1"), (1, "a", "b"), (1, "ab")]]
+    streams = [(1,), (2,), (1, "a"), (1, "b"), (1, 1), (1, "1"), (1, "a", "b"), (1, "ab")]
+    values = [rng.derive(*parts) for parts in streams]
     assert len(set(values)) == len(values)
     assert all(0 <= value < 2**64 for value in values)
 
 
 def test_a_step_draws_the_same_whatever_was_drawn_before() -> None:
-    rng.seed_step(7, "train", 100, 2)
+    rng.seed_step(7, "train", 9, 2)
     first = draws()
     torch.rand(13), np.random.randn(), random.gauss(0, 1)  # odd numbers of gaussians leave one cached
-    rng.seed_step(7, "train", 100, 2)
+    rng.seed_step(7, "train", 9, 2)
     assert draws() == first
 
 
-@pytest.mark.parametrize("other", [(8, "train", 100, 2), (7, "gan", 100, 2), (7, "train", 101, 2), (7, "train", 100, 3)])
+@pytest.mark.parametrize("other", [(8, "train", 9, 2), (7, "gan", 9, 2), (7, "train", 10, 2), (7, "train", 9, 3)])
 def test_seed_loop_step_and_rank_all_matter(other: tuple[int, str, int, int]) -> None:
-    rng.seed_step(7, "train", 100, 2)
+    rng.seed_step(7, "train", 9, 2)
     first = draws()
     rng.seed_step(*other)
     assert not set(draws()) & set(first)
