@@ -223,7 +223,7 @@ class IterableIterator:
             if self._loop.settings.train:
                 raise UsageError(
                     f"{type(self._source).__name__} gave rank {self._loop.rank} no full batch in epoch {self._epoch}, "
-                    "so nothing would train; check that its `__iter__` starts over after its end, or lower `batch_size`."
+                    "so nothing would train; check that its `__iter__` starts over at the end, or lower `batch_size`."
                 )
             raise _DryError
         self._epoch, self._steps_in_epoch = self._epoch + 1, 0
