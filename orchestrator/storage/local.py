@@ -27,11 +27,15 @@ _ADVICE = {
     errno.ESTALE: "the network file system lost this file; check the mount",
 }
 
+_READ_ERRORS = {errno.ENOENT: MissingFileError, errno.EIO: CheckpointDamagedError, errno.EISDIR: CheckpointDamagedError}
+
 
 def explain(error: OSError, path: str | Path, doing: str) -> StorageError:
     """The StorageError for what the system said, with the path and what to do about it."""
     advice = _ADVICE.get(error.errno or 0, error.strerror or str(error))
-    kind = MissingFileError if error.errno == errno.ENOENT and doing == "read" else StorageError
+    kind: type[StorageError] = StorageError
+    if doing == "read":
+        kind = _READ_ERRORS.get(error.errno or 0, StorageError)
     return kind(f"Cannot {doing} {path}: {advice}.")
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.errors import CheckpointDamagedError, StorageError
+from orchestrator.errors import CheckpointDamagedError
 from orchestrator.storage.codec import tensor_names
 
 SCHEMA = 1
@@ -313,68 +313,6 @@ def _untiled(tensor: StoredTensor) -> str:
 
 def _meet(one: tuple[Shape, Shape], other: tuple[Shape, Shape]) -> bool:
     return all(a < b + m and b < a + n for a, n, b, m in zip(*one, *other, strict=True))
-
-
-def assemble(
-    shards: Sequence[Mapping[str, Any]],
-    *,
-    run: str,
-    reason: str,
-    created: float,
-    name: str = "",
-    strategy: str = "",
-    config: Mapping[str, Any] | None = None,
-    versions: Mapping[str, str] | None = None,
-    metrics: Mapping[str, float] | None = None,
-) -> Manifest:
-    """The manifest of one save, from what `write_shard` reported for each of its files.
-
-    The head of the lowest rank counts; `per_rank` state is collected from all. `config` and `metrics` default to the
-    head's. A box that several ranks wrote (two survivors' replicas) is taken once. Raises StorageError if the shards do
-    not belong together or do not cover the state: such a save must not be committed.
-    """
-    ordered = sorted(shards, key=lambda shard: int(shard["rank"]))
-    if not ordered:
-        raise StorageError("A checkpoint without any shard cannot be committed.")
-    same = {(shard["attempt"], shard["step"], shard["file"]["path"].rpartition("/")[0]) for shard in ordered}
-    if len(same) != 1:
-        raise StorageError(f"Shards of different saves cannot make one checkpoint: {sorted(same)}.")
-    attempt, step, directory = same.pop()
-    head = dict(ordered[0]["head"])
-    per_rank = {rank: trees for shard in ordered for rank, trees in (shard["head"].get("per_rank") or {}).items()}
-    manifest = Manifest(
-        run=run, step=step, epoch=int(head.get("epoch") or 0), samples=int(head.get("samples") or 0), reason=reason,
-        name=name, attempt=attempt, world_size=int(ordered[0]["world_size"]), strategy=strategy, created=created,
-        config=config if config is not None else head.get("config") or {}, versions=versions or {},
-        metrics=metrics if metrics is not None else head.get("metrics") or {},
-        files=tuple(_file_of(shard) for shard in ordered), tensors=_merge(ordered),
-        state={**head, "per_rank": per_rank}, directory=directory,
-    )  # fmt: skip
-    coverage(manifest)
-    return manifest
-
-
-def _file_of(shard: Mapping[str, Any]) -> StoredFile:
-    file = shard["file"]
-    return StoredFile(file["path"].rpartition("/")[2], file["bytes"], int(file["crc32c"], 16))
-
-
-def _merge(shards: Iterable[Mapping[str, Any]]) -> dict[str, StoredTensor]:
-    kinds: dict[str, tuple[str, Shape]] = {}
-    chunks: dict[str, dict[tuple[Shape, Shape], Chunk]] = {}
-    for shard in shards:
-        file = shard["file"]["path"].rpartition("/")[2]
-        for item in shard["tensors"]:
-            name, kind = item["name"], (item["dtype"], tuple(item["shape"]))
-            if kinds.setdefault(name, kind) != kind:
-                raise StorageError(
-                    f"Rank {shard['rank']} holds {name!r} as {kind}, a lower rank as {kinds[name]}: values that differ "
-                    "between ranks must be tracked with `per_rank=`."
-                )
-            box = (tuple(item["offset"]), tuple(item["size"]))
-            chunk = Chunk(*box, file, item["begin"], item["end"], int(item["crc32c"], 16))
-            chunks.setdefault(name, {}).setdefault(box, chunk)
-    return {name: StoredTensor(*kinds[name], tuple(boxes.values())) for name, boxes in sorted(chunks.items())}
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from orchestrator.errors import CheckpointDamagedError, StorageError, UsageError
@@ -35,9 +33,9 @@ def write_shard(
 ) -> dict[str, Any]:
     """Write one rank's share as a safetensors file, durable on return; digests are computed as the bytes pass.
 
-    `head`: a SegmentHead (its "tensors" are ignored, `table` counts). `data`: the data area, at least as long as the
-    table says. Returns the JSON-serialisable report that `manifest.assemble` takes; byte ranges in it are absolute in
-    the file. Single-threaded. Raises StorageError; not to be repeated for a path that was written.
+    `head`: a SegmentHead; `table` counts instead of its "tensors", its "head" and "trees" go into the report. `data`:
+    the data area, at least as long as the table says. Returns the JSON-serialisable report that `assemble` takes; byte
+    ranges in it are absolute in the file. Single-threaded. Raises StorageError; a path can be written once only.
     """
     entries = sorted(table, key=lambda entry: (entry.begin, entry.end))
     end = _check_contiguous(path, entries, len(data))
@@ -55,7 +53,7 @@ def write_shard(
     return {
         "file": {"path": path, "bytes": len(header) + end, "crc32c": f"{digests.of_file:08x}"},
         "attempt": int(head["attempt"]), "step": step, "rank": rank, "world_size": int(head["world_size"]),
-        "head": dict(head["head"]), "tensors": tensors,
+        "head": dict(head.get("head") or {}), "trees": dict(head.get("trees") or {}), "tensors": tensors,
     }  # fmt: skip
 
 
@@ -284,6 +282,17 @@ def dtype_name(dtype: torch.dtype) -> str:
     raise UsageError(f"Tensors of {dtype} cannot be stored; convert them (complex128: torch.view_as_real) first.")
 
 
+def as_kind(kind: str, tensor: torch.Tensor) -> Any:
+    """What a tensor was before it was stored: `convert` for `codec.unflatten`. Unknown kinds stay tensors."""
+    if kind == "numpy":
+        return tensor.numpy()
+    if kind == "complex":
+        import torch
+
+        return torch.view_as_complex(tensor)
+    return tensor
+
+
 # ---------------------------------------------------------------------------------------------------------- export
 
 _BATCH_BYTES = 256 << 20
@@ -311,8 +320,8 @@ def _batches(table: Sequence[TensorEntry]) -> Iterator[list[TensorEntry]]:
         yield batch
 
 
-def export_torch(store: Store, manifest: Manifest, output: str | os.PathLike[str]) -> None:
+def export_torch(store: Store, manifest: Manifest, file: BinaryIO) -> None:
     """Write all tensors by name as one flat dict that `torch.load(weights_only=True)` reads."""
     import torch
 
-    torch.save(read_tensors(store, manifest), Path(output))
+    torch.save(read_tensors(store, manifest), file)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import struct
 from typing import Any
 
+from orchestrator.storage.assemble import assemble
 from orchestrator.storage.digest import crc32c
 from orchestrator.storage.layout import checkpoint_dir, manifest_path, shard_path
-from orchestrator.storage.manifest import CheckpointRecord, Manifest, assemble
+from orchestrator.storage.manifest import CheckpointRecord, Manifest
 from orchestrator.storage.segment import layout
 from orchestrator.storage.shards import write_shard
 from orchestrator.storage.store import Store

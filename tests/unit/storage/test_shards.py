@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator.errors import CheckpointDamagedError, StorageError, UsageError
+from orchestrator.storage.assemble import assemble
 from orchestrator.storage.digest import crc32c
 from orchestrator.storage.local import LocalStore
-from orchestrator.storage.manifest import assemble, parse_manifest
+from orchestrator.storage.manifest import parse_manifest
 from orchestrator.storage.segment import layout
 from orchestrator.storage.shards import _TORCH_NAMES, dtype_name, read_tensors, torch_dtype, write_shard
 from orchestrator.storage.verify import check_manifest, verify
