@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ import click
 
 from orchestrator.cli.history import Event, add_up
 from orchestrator.cli.look import state_of
+from orchestrator.cli.output import print_json
 from orchestrator.cli.rundir import JournalReader, RunDir, find_run, put_request
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import OrchestratorError, UsageError
 from orchestrator.storage.layout import check_save_name
 from orchestrator.storage.lock import Live, live_driver
 from orchestrator.text import human_bytes, human_seconds, parse_duration
@@ -73,14 +73,17 @@ class Wait:
 
 
 def _timeout(_ctx: click.Context, _param: click.Parameter, value: str) -> float:
-    return parse_duration(value)
+    try:
+        return parse_duration(value)
+    except UsageError as error:
+        raise UsageError(f"--timeout {value}: {error}") from None
 
 
 def _not_live(run: RunDir, as_json: bool) -> int:
     history = add_up(JournalReader(run.journal).read())
     state, step = state_of(history, None), history.step
     if as_json:
-        click.echo(json.dumps({"run": str(run.address), "live": False, "state": state, "step": step}))
+        print_json({"run": str(run.address), "live": False, "state": state, "step": step})
         return 0
     at = f" at step {step}" if step is not None else ""
     click.echo(f"run {run.address.name} is not live ({state}{at}); nothing to do")
@@ -105,7 +108,7 @@ def _stop(run: str, no_save: bool, timeout: float, as_json: bool) -> int:
 
 def _tell(run: RunDir, finished: Event, saved: Event | None, as_json: bool) -> int:
     if as_json:
-        click.echo(json.dumps({"run": str(run.address), "finished": finished, "checkpoint": saved}))
+        print_json({"run": str(run.address), "finished": finished, "checkpoint": saved})
         return 0
     click.echo(f"run {run.address.name} {finished.get('outcome', 'ended')} at step {finished.get('step')}")
     click.echo(_saved(saved) if saved else "no checkpoint was written on the way")
@@ -132,7 +135,10 @@ def _save(run: str, name: str, timeout: float, as_json: bool) -> int:
             f"again; `orchestrator status {found.address}` shows its last checkpoint"
         )
     saved = [event for event in events if event.get("event") == _COMMITTED][-1]
-    click.echo(json.dumps(saved) if as_json else _saved(saved))
+    if as_json:
+        print_json(saved)
+    else:
+        click.echo(_saved(saved))
     return 0
 
 

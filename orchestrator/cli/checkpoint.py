@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from orchestrator import text
+from orchestrator.cli.output import print_json
 from orchestrator.cli.rundir import local_path
 from orchestrator.errors import UsageError
 from orchestrator.spec import Retention
@@ -76,7 +77,7 @@ def _list(run: str, as_json: bool) -> int:
     records = checkpoints.list_checkpoints(opened)
     _warn_of_damaged_entries(opened)
     if as_json:
-        click.echo(json.dumps([_facts(record) for record in records]))
+        print_json([_facts(record) for record in records])
         return 0
     if not records:
         click.echo(f"run {opened.address.name} has no checkpoint yet")
@@ -98,7 +99,10 @@ def _show(run: str, step: str | None, as_json: bool) -> int:
     with _warnings_on_stderr():
         record, manifest = checkpoints.find_sound(opened, _selector(step))
     facts = _manifest_facts(record, manifest)
-    click.echo(json.dumps(facts, default=str) if as_json else "\n".join(_show_lines(facts)))
+    if as_json:
+        print_json(facts)
+    else:
+        click.echo("\n".join(_show_lines(facts)))
     return 0
 
 
@@ -155,7 +159,7 @@ def _verify(run: str, step: str | None, as_json: bool) -> int:
             {**_facts(verdict.record), "ok": verdict.ok, "why": verdict.why or None, "bytes_read": verdict.bytes_read}
             for verdict in verdicts
         ]
-        click.echo(json.dumps({"ok": not bad, "checkpoints": results}))
+        print_json({"ok": not bad, "checkpoints": results})
     elif bad:
         click.echo(f"error: {human_count(len(bad), 'checkpoint')} of {len(verdicts)} damaged: {bad[0].why}", err=True)
     else:
@@ -177,7 +181,7 @@ def _export(run: str, step: str | None, file_format: str, output: str, as_json: 
     size = Path(output).stat().st_size
     if as_json:
         facts = {"output": output, "format": file_format, "step": manifest.step, "bytes": size}
-        click.echo(json.dumps({**facts, "tensors": len(manifest.tensors)}))
+        print_json({**facts, "tensors": len(manifest.tensors)})
         return 0
     count = human_count(len(manifest.tensors), "tensor")
     click.echo(f"step {manifest.step} of {manifest.run}: {count}, {human_bytes(size)}, in {output}")
@@ -222,7 +226,7 @@ def _read(option: str, value: str, parse: Callable[[str], Any]) -> Any:
 def _tell_pruned(report: PruneReport, dry_run: bool, as_json: bool) -> int:
     if as_json:
         plan = [{**_facts(record), "kept_by": list(kept_by)} for record, kept_by in report.plan]
-        click.echo(json.dumps({"dry_run": dry_run, "freed_bytes": report.freed_bytes, "plan": plan}))
+        print_json({"dry_run": dry_run, "freed_bytes": report.freed_bytes, "plan": plan})
         return 0
     for record, kept_by in report.plan:
         what = f"keep    step {record.step}  ({', '.join(kept_by)})" if kept_by else f"remove  step {record.step}"

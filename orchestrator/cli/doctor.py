@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict
 
 import click
 
+from orchestrator.cli.output import print_json
 from orchestrator.cli.probes import Finding, all_probes
 from orchestrator.cli.rundir import default_storage
 from orchestrator.text import human_count
@@ -32,7 +32,7 @@ def _doctor(storage: str | None, as_json: bool) -> int:
     findings = examine(all_probes(storage or default_storage()))
     errors = sum(finding.level == "error" for finding in findings)
     if as_json:
-        click.echo(json.dumps({"ok": errors == 0, "findings": [asdict(finding) for finding in findings]}))
+        print_json({"ok": errors == 0, "findings": [asdict(finding) for finding in findings]})
         return 1 if errors else 0
     width = max(len(finding.topic) for finding in findings)
     for finding in findings:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +14,12 @@ import click
 from orchestrator.cli import config, machine, preflight
 from orchestrator.cli.build import Machine, Note, Program, build_spec
 from orchestrator.cli.settings import IGNORED_TORCHRUN, SETTINGS, Setting
-from orchestrator.errors import UsageError
+from orchestrator.errors import OrchestratorError, UsageError
 from orchestrator.spec import RunSpec
 from orchestrator.ui.console import Console, make_console
 
 _OURS_BEFORE_SCRIPT = ("--workers", "--nproc-per-node", "--storage", "--run-name", "--save-every", "--max-restarts")
+_NEEDED = ("ray", "torch", "numpy", "safetensors", "google_crc32c")
 
 
 @dataclass(frozen=True)
@@ -139,11 +142,28 @@ def prepare(ctx: click.Context, faults: tuple[str, ...] = (), reference: str | N
     return Launch(spec, (*notes, *more, *_misplaced_notes(ctx, program)))
 
 
-def _opened(launch: Launch) -> Console:
+@contextmanager
+def _console(launch: Launch) -> Iterator[Console]:
     console = make_console(launch.spec.json, launch.spec.quiet, sys.stdout)
-    for note in launch.notes:
-        console.notice(note.text, note.level)
-    return console
+    try:
+        for note in launch.notes:
+            console.notice(note.text, note.level)
+        yield console
+    finally:
+        console.close()
+
+
+@contextmanager
+def _installation() -> Iterator[None]:
+    """A package of others that is missing or broken is told as that, not by a traceback of ours."""
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").split(".")[0] not in _NEEDED:
+            raise
+        raise OrchestratorError(
+            f"{error.name} cannot be imported ({error}); `orchestrator doctor` says more"
+        ) from error
 
 
 @click.pass_context
@@ -151,13 +171,10 @@ def _launch(ctx: click.Context, /, **_: Any) -> int:
     launch = prepare(ctx)
     if launch is None:
         return 0
-    console = _opened(launch)
-    try:
+    with _console(launch) as console, _installation():
         from orchestrator.driver.launch import run
 
         return int(run(launch.spec, console))
-    finally:
-        console.close()
 
 
 @click.pass_context
@@ -167,13 +184,10 @@ def _chaos(ctx: click.Context, /, fault: tuple[str, ...], reference: str | None,
         return 0
     if not fault:
         raise UsageError("chaos needs at least one --fault, such as `--fault kill:rank=1,step=50`")
-    console = _opened(launch)
-    try:
+    with _console(launch) as console, _installation():
         from orchestrator.chaos.run import main
 
         return int(main(launch.spec, list(fault), console))
-    finally:
-        console.close()
 
 
 launch_command = click.Command(

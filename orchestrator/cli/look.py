@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from orchestrator.cli.history import Event, History, add_up, when
+from orchestrator.cli.output import print_json
 from orchestrator.cli.rundir import JournalReader, RunDir, TextTail, find_run
 from orchestrator.errors import UsageError
 from orchestrator.storage import layout
@@ -150,7 +151,10 @@ def _status(run: str, as_json: bool) -> int:
     history = add_up(JournalReader(found.journal).read())
     now, live = time.time(), live_driver(found.path)
     facts = status_facts(found, history, live, now, read_progress(found) if live else None)
-    click.echo(json.dumps(facts) if as_json else "\n".join(status_lines(facts, now)))
+    if as_json:
+        print_json(facts)
+    else:
+        click.echo("\n".join(status_lines(facts, now)))
     return 0
 
 
@@ -179,7 +183,10 @@ def _events(run: str, follow: bool, as_json: bool) -> int:
         # Asked before reading: a driver that ends in between has written its last event by then.
         live = follow and live_driver(found.path) is not None
         for event in reader.read():
-            click.echo(json.dumps(event) if as_json else event_line(event))
+            if as_json:
+                print_json(event)
+            else:
+                click.echo(event_line(event))
         if not live:
             return 0
         time.sleep(_POLL_S)

@@ -334,6 +334,20 @@ def test_bad_scripts(driver: Driver, tmp_path: Path) -> None:
         assert says in refused(driver, "launch", *words)
 
 
+def test_an_unreadable_script(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert "train.py cannot be read (Permission denied); check its permissions" in refused(driver, "launch", "train.py")
+
+
+def test_a_broken_installation_is_told(driver: Driver) -> None:
+    driver.raises = ModuleNotFoundError("No module named 'ray'", name="ray")
+    result = call("launch", "train.py")
+    assert (result.exit_code, "error: ray cannot be imported" in result.stderr) == (1, True)
+
+
 def test_other_systems_are_refused(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert "needs Linux" in refused(driver, "launch", "train.py")
