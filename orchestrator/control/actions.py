@@ -69,7 +69,7 @@ class Commit:
 
 @dataclass(frozen=True)
 class ReleaseSegments:
-    """Salvage segments of attempts up to this one are no source any more; agents may free them."""
+    """No salvage segment or snapshot of attempts up to this one is needed any more; agents may free them, not before."""
 
     attempt: int
 

@@ -40,7 +40,8 @@ class Aftermath(Core):
     def _drain(self, now: float) -> None:
         attempt = cast(Attempt, self._attempt)
         self._go(State.DRAINING)
-        self._drainage = Drainage(attempt.number, now, now + self.config.drain_timeout_s, attempt.answers)
+        deadline = now + self.config.drain_timeout_s
+        self._drainage = Drainage(attempt.number, now, deadline, self._released, attempt.answers)
         self._order(Drain(attempt.number, self.config.drain_timeout_s))
         self._check_drained(now)
 
@@ -157,10 +158,11 @@ class Aftermath(Core):
             self._end_stopped(attempt.number, now)
             return
         self._trained = self._trained or attempt.trained
-        tried = Attempted(tuple(attempt.failures.values()), attempt.reached, self._trained)
+        root = cast(WorkerFailed, self._root)
+        tried = Attempted(root, tuple(attempt.failures.values()), attempt.reached, self._trained)
         verdict, self._history = decide(self._policy, self._history, tried)
         self._why = verdict.why
-        self._said.append(records.root_told(cast(WorkerFailed, self._root), len(attempt.failures) - 1, verdict.why))
+        self._said.append(records.root_told(root, len(attempt.failures) - 1, verdict.why))
         if isinstance(verdict, GiveUp):
             self._give_up(verdict, attempt.number, now)
         else:

@@ -65,6 +65,11 @@ class Choice:
         return frozenset(offer.agent for offer, _ in self.picks)
 
     @property
+    def oldest_attempt(self) -> int:
+        """The oldest attempt whose memory this choice needs."""
+        return min((offer.attempt or self.attempt for offer, _ in self.picks), default=self.attempt)
+
+    @property
     def needs_salvage(self) -> bool:
         """True if a parked survivor must write its state before its process may end."""
         return any(offer.tier is Tier.LIVE for offer, _ in self.picks)
@@ -76,25 +81,25 @@ def required_pieces(world_size: int, per_rank: bool) -> frozenset[str]:
     return frozenset({ALL, HEAD, *ranks})
 
 
-def choose(offers: Iterable[Offer], required: frozenset[str]) -> Choice | None:
+def choose(offers: Iterable[Offer], required: frozenset[str], attempt: int = 0) -> Choice | None:
     """The newest step whose `required` pieces are covered by offers of one line of computation, or None.
 
     `all` is covered by one offer of it or by every `share:i/n` of one n. At equal step: newest tier, fewest holders,
     fewest bytes, then the holder's name, so that the answer does not depend on the order of the offers. An offer from
-    storage is a whole checkpoint and is never mixed with others.
+    storage is a whole checkpoint and is never mixed with others. `attempt` is what an offer's attempt 0 stands for.
     """
     lines: dict[tuple[int, int], list[Offer]] = defaultdict(list)
     for offer in offers:
-        lines[offer.step, offer.attempt].append(offer)
+        lines[offer.step, offer.attempt or attempt].append(offer)
     newest: int | None = None
     found: list[tuple[tuple[int, int, int, int], Choice]] = []
-    for step, attempt in sorted(lines, reverse=True):
+    for step, line in sorted(lines, reverse=True):
         if newest is not None and step < newest:
             break
-        choice = _cover(step, lines[step, attempt], required)
+        choice = _cover(step, lines[step, line], required)
         if choice is not None:
             newest = step
-            found.append((_cost(choice, attempt), choice))
+            found.append((_cost(choice, line), choice))
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
@@ -135,13 +140,13 @@ def _wholes(held: list[Offer]) -> list[dict[Offer, set[str]]]:
 
 
 def _assign(whole: dict[Offer, set[str]], held: list[Offer], required: frozenset[str]) -> dict[Offer, set[str]] | None:
-    """Add holders of the other pieces to `whole`; one that supplies something already is preferred within its tier."""
+    """Add holders of the other pieces to `whole`; one that supplies something already is preferred."""
     picks = {offer: set(pieces) for offer, pieces in whole.items()}
     for piece in sorted(required - {ALL}):
         able = [offer for offer in held if piece in offer.pieces]
         if not able:
             return None
-        best = min(able, key=lambda o: (o.tier, o not in picks, o.size_bytes, o.holder))
+        best = min(able, key=lambda o: (o not in picks, o.tier, o.size_bytes, o.holder))
         picks.setdefault(best, set()).add(piece)
     return picks
 

@@ -34,6 +34,8 @@ class Core:
         self._history = FailureHistory()
         self._book = SaveBook(config.save_timeout_s, config.committed_step)
         self._sources = Sources()
+        self._may_release = False  # something happened that may make held memory superfluous
+        self._released = config.first_attempt - 1  # memory of attempts up to this one was freed
         self._agents: dict[str, AgentJoined] = {}
         self._attempt: Attempt | None = None
         self._killed = True  # no group of ours is alive
@@ -116,10 +118,11 @@ class Core:
         self._book.leave_line(source.step)
         self._order(StartGroup(number, placement, source.choice, source.choice is None))
         if not first:
-            sources = list(source.choice.sources) if source.choice is not None else ["storage"]
+            sources = list(source.sources)
             why = f"{self._why}; {source.why}"
             self._record("restart_decided", resume_step=source.step, resume_sources=sources, why=why)
-            self._tell(f"attempt {number} starts from step {source.step} ({'+'.join(sources)}): {source.why}")
+            where = f"from step {source.step} ({'+'.join(sources)})" if sources else "from the beginning"
+            self._tell(f"attempt {number} starts {where}: {source.why}")
         self._go(State.STARTING)
 
     def _place(self) -> tuple[tuple[int, str], ...]:

@@ -169,6 +169,7 @@ class Machine(Aftermath):
         if attempt.resume is None and event.step < (self._book.committed_step or 0):
             attempt.resume_step = event.step - 1  # storage held less than the log promised, and the shell went further back
             self._book.rewound(event.step - 1)
+        self._may_release = True
         attempt.stepped.setdefault(event.rank, event)
         attempt.saw(event.step)
         if self.state in ALIVE and len(attempt.stepped) == attempt.world_size:
@@ -304,8 +305,10 @@ class Machine(Aftermath):
             self._kill()
             why = f"another driver took over this run (noticed when committing step {event.step}): {event.why}".rstrip(": ")
             self._finish("failed", EXIT_FAILED, self._newest_step(), f"{why}; look at it with `orchestrator status`")
-        elif self._book.committed(event) and self.state in WAITING:
-            self._try_start(now)
+        elif self._book.committed(event):
+            self._may_release = True
+            if self.state in WAITING:
+                self._try_start(now)
 
     # time
 
@@ -335,13 +338,20 @@ class Machine(Aftermath):
         commit = self._book.next_commit(now)
         if commit is not None:
             self._order(commit)
-        attempt = self._attempt
-        in_use = None if attempt is None or attempt.restored else attempt.resume
-        released = self._sources.release(self._book, in_use) if self.state in ALIVE else None
-        if released is not None:
-            self._order(ReleaseSegments(released))
+        if self.state in ALIVE and self._may_release:
+            self._release(cast(Attempt, self._attempt))
         if self.state is State.COMPLETING and not self._book.pending:
             self._finish_ending()
+
+    def _release(self, attempt: Attempt) -> None:
+        """Free the memory of earlier attempts, once this one has restored and something newer replaces it."""
+        if not attempt.restored:
+            return
+        self._may_release = False
+        upto = self._sources.release(self._book, attempt.number)
+        if upto > self._released:
+            self._released = upto
+            self._order(ReleaseSegments(upto))
 
 
 _HANDLERS: dict[type, Callable[[Any, Any, float], None]] = {

@@ -19,6 +19,7 @@ class Drainage:
     attempt: int
     began_at: float
     deadline: float
+    released: int  # memory of attempts up to this one was freed; an answer may have been on its way meanwhile
     answers: dict[str, OffersIn] = field(default_factory=dict)
     banned: set[str] = field(default_factory=set)
     settled_at: float = 0.0
@@ -32,11 +33,16 @@ class Drainage:
 
     def offers(self) -> list[Offer]:
         """Everything on offer that may be elected."""
-        return [offer for answer in self.answers.values() for offer in answer.offers if offer.holder not in self.banned]
+        return [
+            offer
+            for answer in self.answers.values()
+            for offer in answer.offers
+            if offer.holder not in self.banned and (offer.attempt or self.attempt) > self.released
+        ]
 
     def choose(self, required: frozenset[str]) -> Choice | None:
         """The newest step that is covered now."""
-        return choose(self.offers(), required)
+        return choose(self.offers(), required, self.attempt)
 
     def elect(self, choice: Choice, deadline: float) -> int:
         """Hold the election that `choice` won; returns its number."""

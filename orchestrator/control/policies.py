@@ -12,7 +12,6 @@ from orchestrator.control.failures import (
     is_programs_own,
     is_user_exception,
     refusal_code,
-    root_of,
     signatures,
 )
 from orchestrator.errors import EXIT_FAILED
@@ -61,12 +60,13 @@ class FailureHistory:
 
 @dataclass(frozen=True)
 class Attempted:
-    """One failed attempt.
+    """One failed attempt: its `root` and all `failures`.
 
     `reached`: the highest step it is known to have completed; `trained`: whether this launch made any step at all, in
     this attempt or an earlier one.
     """
 
+    root: WorkerFailed
     failures: tuple[WorkerFailed, ...]
     reached: int
     trained: bool
@@ -91,8 +91,8 @@ class GiveUp:
 def decide(
     policy: RestartPolicy, history: FailureHistory, attempted: Attempted
 ) -> tuple[Restart | GiveUp, FailureHistory]:
-    """What to do after a failed attempt, why, and what to remember. Raises ValueError if nothing failed."""
-    root = root_of(attempted.failures)
+    """What to do after a failed attempt, why, and what to remember."""
+    root = attempted.root
     after = _remember(history, attempted, root)
     refused = _refuse(policy, history, after, attempted, root)
     if refused is not None:

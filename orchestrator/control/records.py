@@ -44,7 +44,7 @@ def worker_failed(failure: WorkerFailed, root: bool) -> Record:
 
 def root_told(root: WorkerFailed, others: int, why: str) -> Tell:
     """The root cause, once, with what is done about it."""
-    more = f" ({others} more ranks failed because of it)" if others else ""
+    more = f" ({others} other rank{'s' if others > 1 else ''} failed with it)" if others else ""
     return Tell(f"{why}{more}", error=root.error, level="error")
 
 

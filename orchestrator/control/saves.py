@@ -85,6 +85,11 @@ class SaveBook:
         """True if a save on its way is written from the memory that `choice` names."""
         return any(save.agents and key.step == choice.step for key, save in self._open.items())
 
+    @property
+    def oldest_attempt(self) -> int | None:
+        """The oldest attempt whose memory a save on its way is written from, or None."""
+        return min((key.attempt for key in self._open), default=None)
+
     def deadline(self) -> float | None:
         """When the next save counts as lost unless a share of it arrives."""
         touched = (save.touched_at for save in self._open.values() if save is not self._in_flight)

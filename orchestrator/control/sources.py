@@ -15,6 +15,14 @@ class Source:
     choice: Choice | None
     step: int
     why: str
+    fresh: bool = False
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Tier names in CONTRACT's spelling; none for a fresh start."""
+        if self.choice is not None:
+            return self.choice.sources
+        return () if self.fresh else ("storage",)
 
 
 @dataclass
@@ -40,7 +48,7 @@ class Sources:
             return Source(choice, choice.step, choice.reason)
         if committed_step is not None:
             return Source(None, committed_step, f"the newest checkpoint is step {committed_step}")
-        return Source(None, 0, "nothing was saved yet")
+        return Source(None, 0, "nothing was saved yet", fresh=True)
 
     def beats(self, step: int, committed_step: int | None) -> bool:
         """True if what is held or committed is better than salvaging `step` once more."""
@@ -53,17 +61,19 @@ class Sources:
         self.held = [choice for choice in self.held if agent not in choice.agents]
         return gone
 
-    def release(self, book: SaveBook, in_use: Choice | None) -> int | None:
-        """Forget the oldest choices that newer state replaces; returns the attempt up to which segments may be freed.
+    def release(self, book: SaveBook, current: int) -> int:
+        """Forget choices that newer state replaces; returns the attempt up to which no memory is needed any more.
 
-        `in_use` is the choice that the current group may still be reading.
+        To be called only once the group of attempt `current` has restored: until then it may be reading any of them.
         """
-        last: int | None = None
         while self.held:
             oldest = self.held[0]
             committed = book.committed_step is not None and book.committed_step >= oldest.step
             newer = any(choice.step >= oldest.step for choice in self.held[1:])
-            if oldest is in_use or not (committed or newer) or book.persists(oldest):
+            if not (committed or newer) or book.persists(oldest):
                 break
-            last = self.held.pop(0).attempt
-        return last
+            self.held.pop(0)
+        needed = [choice.oldest_attempt for choice in self.held]
+        if book.oldest_attempt is not None:
+            needed.append(book.oldest_attempt)
+        return min([current, *needed]) - 1
