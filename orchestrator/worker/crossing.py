@@ -1,0 +1,501 @@
+"""Crossing a step boundary: count, record, agree, snapshot, save, stop. The order here is what makes recovery exact."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from orchestrator.errors import UsageError
+from orchestrator.worker import faults, rng
+from orchestrator.worker.agreement import Agreed, Agreement, Wish
+from orchestrator.worker.context import WorkerContext, park
+from orchestrator.worker.data_item import Item, LoopIterator
+from orchestrator.worker.group import Group
+from orchestrator.worker.guard import Guard
+from orchestrator.worker.loops import LoopBook, TrainingLoop
+from orchestrator.worker.metrics import Metrics
+from orchestrator.worker.restore import Source
+from orchestrator.worker.saving import LaunchedSaver, NoSaver, PlainSaver, Saver
+from orchestrator.worker.shm import BEAT_NS, ORDER_SAVE, ORDER_STOP, PHASE, STEPS_DONE, Segment
+from orchestrator.worker.tracked import RunState
+from orchestrator.worker.triggers import Triggers
+
+SNAPSHOT_BUDGET = 0.003  # share of the time that copies to memory may take
+PROGRESS_EVERY_S = 0.5
+LEAVE_TIMEOUT_S = 60.0
+_SMOOTHING = 0.2
+
+IDLE, BODY, BOUNDARY, STAGING = range(4)  # phases, as the beat page shows them
+
+
+class Crossing:
+    """State of a rank between boundaries, and what happens at one. `Run` is this plus the user's names."""
+
+    metrics: Metrics
+    seed: int
+
+    def __init__(self, context: WorkerContext | None, group: Group, options: dict[str, Any], source: Source | None) -> None:
+        self.context, self.group, self.options, self.source = context, group, options, source
+        head = source.head if source is not None else {}
+        self.step: int = head.get("step", 0)
+        self.epoch: int = head.get("epoch", 0)
+        self.samples: int = head.get("samples", 0)
+        self.state: dict[str, Any] = head.get("user", {})
+        own = head.get("per_rank", {}).get(str(group.rank), {})
+        self.book = LoopBook.restore(head, own.get("readers", {}))
+        self._config: dict[str, Any] = head.get("config", {})
+        self._first_step = self.step
+        self.tracked = RunState(group.rank)
+        self.guard = Guard(context, self.tracked.mutable_versions)
+        self.agreement = Agreement(group.control)
+        self.triggers = Triggers.of(options["save_every"], options["save_at"])
+        self.saver: Saver = _saver(context, group, options, self.tracked)
+        self.finishing = False
+        self.finish_reason = ""
+        self._item: Item | None = None
+        self._loop: TrainingLoop | None = None
+        self._forwards = 0
+        self._share: float | None = None
+        self._save_due = False
+        self._save_names: list[str] = []
+        self._orders_seen = context.beat.words[ORDER_SAVE] if context is not None else 0
+        self._save_asked = False
+        self._last_save = time.monotonic()
+        self._last_progress = 0.0
+        self._stepped_told = False
+        self._step_started = 0.0
+        self._step_s = 0.0
+        self._snapshot_stride = 1
+        self._copy_s = 0.0
+        self._epoch_before = self.epoch
+        self._gradient_marks: dict[int, int] = {}
+        self._strategy: Any = None
+
+    # -- tracking and restoring -----------------------------------------------------------------------------------
+
+    def _track(self, named: dict[str, Any], per_rank: Sequence[str]) -> None:
+        fresh = self.tracked.is_empty
+        self.tracked.add(named, set(per_rank))
+        if self.context is not None:
+            self.context.mark("build")
+        if self.source is not None:
+            self._restore(list(named))
+        else:
+            self._check_same_everywhere()
+        if fresh:
+            self.tracked.watch(self._before_step, self.guard.post_step)
+        if self.source is not None and fresh:
+            self._mark_resume_point()
+        elif self.guard.resume_step >= 0 and not self.guard.dirty:
+            self.guard.rebase()
+        if self.context is not None:
+            self.context.mark("restore")
+
+    def _restore(self, names: list[str]) -> None:
+        source = self.source
+        if source is None:
+            raise AssertionError("nothing to restore from")
+        trees = dict(source.head.get("tracked", {}))
+        trees.update(source.head.get("per_rank", {}).get(str(self.group.rank), {}).get("tracked", {}))
+        known = [name for name in names if name in trees]
+        for notice in self.tracked.load(trees, source.fetch, known):
+            self.notice(notice)
+
+    def _check_same_everywhere(self) -> None:
+        """Replicated means replicated: a value that differs between ranks would silently become rank 0's."""
+        if self.group.control is None:
+            return
+        digest = self.tracked.digest(self._synced_ids())
+        for sign in (1, -1):
+            self._compare(sign, digest)
+
+    def _compare(self, sign: int, digest: int) -> None:
+        vector = torch.tensor([sign * digest], dtype=torch.int64)
+        options = torch.distributed.AllreduceOptions()
+        options.reduceOp = torch.distributed.ReduceOp.MAX
+        self.group.control.allreduce([vector], options).wait()
+        if int(vector.item()) != sign * digest:
+            raise UsageError(
+                f"What rank {self.group.rank} tracks is not what other ranks track ({', '.join(self.tracked.names)}): names, "
+                "shapes or initial values differ. Build the same on every rank, after `run.prepare(model)`; name what is "
+                "meant to differ in `track(…, per_rank=[…])`."
+            )
+
+    def _synced_ids(self) -> set[int]:
+        """Parameters and buffers of wrapped modules: the wrapper has broadcast rank 0's."""
+        if self._strategy.name == "none":
+            return set()
+        wrapped = [module for module in self.tracked.modules.values() if hasattr(module, "reducer")]
+        return {id(tensor) for module in wrapped for tensor in (*module.parameters(), *module.buffers())}
+
+    # -- hooks ----------------------------------------------------------------------------------------------------
+
+    def _before_step(self, optimizer: Any) -> None:
+        if self._item is not None and not self._item.last_micro:
+            raise UsageError(
+                f"optimizer.step() in microbatch {self._item.micro + 1} of a step: gradients are exchanged on the last one. "
+                "Guard it: `if run.last_microbatch: optimizer.step(); optimizer.zero_grad()`."
+            )
+        if not self._strategy.exchanged():
+            raise UsageError(
+                "optimizer.step() on gradients that were not exchanged between ranks: the body ran fewer forward passes than "
+                "`accumulate` says, or backward ran under `no_sync`."
+            )
+        faults.at("optimizer", self.step)
+        self.guard.pre_step(optimizer)
+
+    def _after_forward(self, module: torch.nn.Module) -> None:
+        """Nobody can complete this step's reduction before rank 0's backward: now its buffers are the next step's."""
+        if not torch.is_grad_enabled():
+            return
+        faults.at("forward", self.step)
+        self._forwards += 1
+        loop = self._loop
+        if loop is not None and loop.accumulate_forwards > 1:
+            self._strategy.set_sync((self._forwards + 1) % loop.accumulate_forwards == 0)
+        if self.guard.resume_step >= 0:
+            self.saver.candidate(self.step + 1)
+
+    # -- loops ----------------------------------------------------------------------------------------------------
+
+    def loop_begins(self, loop: TrainingLoop) -> None:
+        """Before the first step of a loop: everything is built, and this is a state to come back to."""
+        self._loop = loop
+        self.finishing = False
+        if self.tracked.is_empty:
+            raise UsageError(
+                "Nothing is tracked, so nothing could be saved or restored: call `run.track(model=model, optimizer=optimizer)` "
+                "before the loop."
+            )
+        config = loop.source.config()
+        if config.get("kind") != "steps":
+            self._config[loop.name] = config
+        self._refuse_untracked()
+        self.tell_facts(loop)
+        if self.guard.resume_step < 0:
+            self._mark_resume_point()
+        self.agreement.every_step = loop.source.length is None and self.group.world_size > 1
+
+    def _refuse_untracked(self) -> None:
+        if self.source is None or self.step > self._first_step:
+            return
+        stored = set(self.source.head.get("tracked", {})) - set(self.tracked.names)
+        if stored:
+            self.notice(
+                f"The checkpoint holds {', '.join(sorted(stored))}, which the script has not tracked so far; it will be missing "
+                "from later checkpoints unless it is tracked."
+            )
+
+    def loop_ends(self, loop: TrainingLoop) -> None:
+        """What follows a loop draws the same random numbers whether its last step ran in this process or not."""
+        self._loop = None
+        self._item = None
+        rng.seed_all(rng.derive(self.seed, "after", loop.rng_key, self.step))
+
+    def agree_on_next(self, loop: TrainingLoop, iterator: LoopIterator) -> bool:
+        """Whether all ranks have another item; the first one to run dry ends the loop for all."""
+        own = iterator.has_next()
+        if not self.agreement.every_step:
+            return own
+        return not self.agreement.now({Wish.DRY: int(not own)})[Wish.DRY]
+
+    def step_begins(self, loop: TrainingLoop, item: Item) -> None:
+        """Everything random in the body is a function of (seed, loop, index, rank) from here on."""
+        self._item = item
+        self._forwards = 0 if item.micro == 0 else self._forwards
+        if loop.record.outer < 0:
+            self.epoch = item.epoch
+        if self.options["step_rng"]:
+            rng.seed_step(self.seed, loop.rng_key, loop.record.index, self.group.rank)
+        if loop.accumulate_forwards > 1:
+            self._strategy.set_sync(False)
+        else:
+            self._strategy.set_sync(item.last_micro)
+        share = None if item.weight[0] * self.group.world_size == item.weight[1] else item.share
+        if share != self._share:
+            self._share = share
+            self._strategy.set_share(share)
+        self._step_started = time.monotonic()
+        if self.context is not None:
+            words = self.context.beat.words
+            words[BEAT_NS], words[PHASE] = time.monotonic_ns(), BODY
+        faults.at("step", self.step)
+
+    def boundary(self, loop: TrainingLoop, item: Item) -> bool:
+        """Cross it. False if the ranks agreed to leave the loop."""
+        stepped = self._count()
+        if self.context is not None and self.context.poisoned:
+            park()
+        faults.at("boundary", self.step)
+        now = time.monotonic()
+        self._time_step(now)
+        agreed = self.agreement.at_boundary(self._wishes(now))
+        if agreed is not None:
+            self._take(agreed)
+        if stepped and self._due_by_step():
+            self._take(self.agreement.now(self._wishes(now)), due=True)
+        if stepped:
+            self._save_or_snapshot()
+        self._report(now)
+        if self._stop_agreed and (stepped or self._stop_agreed == 2):
+            self._leave_for_good()
+        return not self.finishing
+
+    def _count(self) -> bool:
+        """Whether this boundary is a resume point; if so, it is recorded as one."""
+        stepped = self.guard.stepped
+        counts = bool(stepped) if self.tracked.optimizers else self.guard.has_written()
+        carried = counts and len(stepped) > 0 and self.tracked.carries_gradients(stepped, self._gradient_marks)
+        self.guard.stepped = set()
+        if counts:
+            self._gradient_marks = self.tracked.gradient_marks()
+        if not counts:
+            return False
+        self.step += 1
+        if carried:
+            return False
+        self._mark_resume_point()
+        return True
+
+    def _mark_resume_point(self) -> None:
+        self.saver.record(self.step, self.head())
+        self.guard.resume_point(self.step)
+        if self.context is not None:
+            self.context.beat.words[STEPS_DONE] = self.step - self._first_step
+            if not self._stepped_told and self.step > self._first_step:
+                self._tell_first_step()
+
+    def _tell_first_step(self) -> None:
+        context = self.context
+        if context is None:
+            return
+        self._stepped_told = True
+        context.mark("first_step")
+        context.tell({"op": "stepped", "step": self.step, "at": time.monotonic(), "phases": context.phases})
+
+    def left_by_break(self) -> None:
+        """`break`: all ranks must have left at the same step, or the next collective would hang."""
+        loop = self._loop
+        if loop is None:
+            return
+        loop.record.done = "break"
+        self._count()
+        agreed = self.agreement.now({Wish.LEAVING: 1}, LEAVE_TIMEOUT_S)
+        if agreed[Wish.STAYING]:
+            raise UsageError(
+                f"Rank {self.group.rank} left the loop by `break` at step {self.step} while another rank went on; one rank's "
+                "wish to end is `run.finish(reason)`."
+            )
+        self.loop_ends(loop)
+
+    # -- agreement ------------------------------------------------------------------------------------------------
+
+    def _wishes(self, now: float) -> dict[Wish, int]:
+        wishes = {
+            Wish.STAYING: 1,
+            Wish.BUSY: int(self.saver.in_flight > 0),
+            Wish.STEP_US: int(self._step_s * 1e6),
+            Wish.COPY_US: int(self._copy_s * 1e6),
+            Wish.FINISH: int(bool(self.finish_reason)),
+            Wish.SAVE: int(self._save_asked),
+        }
+        if self.group.rank == 0 and self.triggers.by_time(now - self._last_save, max(self._copy_s, 0.001)):
+            wishes[Wish.SAVE] = 1
+        if self.context is not None:
+            words = self.context.beat.words
+            if words[ORDER_SAVE] != self._orders_seen:
+                wishes[Wish.SAVE] = 2
+            wishes[Wish.STOP] = words[ORDER_STOP]
+        return wishes
+
+    _stop_agreed = 0
+    _save_reason = "periodic"
+
+    def _take(self, agreed: Agreed, due: bool = False) -> None:
+        """Turn what was agreed on into what every rank does at this or the next resume point."""
+        if agreed[Wish.SAVE] or due:
+            self._save_due = True
+            self._save_reason = "requested" if agreed[Wish.SAVE] == 2 or self._save_names else "periodic"
+            self._save_asked = False
+            if self.context is not None:
+                self._orders_seen = self.context.beat.words[ORDER_SAVE]
+        if agreed[Wish.LEAVING]:
+            raise UsageError(
+                f"Another rank left the loop by `break` before step {self.step}, while rank {self.group.rank} went on; one "
+                "rank's wish to end is `run.finish(reason)`."
+            )
+        self._busy = bool(agreed[Wish.BUSY])
+        self._stop_agreed = max(self._stop_agreed, agreed[Wish.STOP])
+        self.finishing = self.finishing or bool(agreed[Wish.FINISH])
+        if self.finishing and self._loop is not None:
+            self._loop.record.done = "finish"
+            self.saver.record(self.step, self.head())
+        if agreed[Wish.STEP_US] > 0 and agreed[Wish.COPY_US] > 0:
+            stride = agreed[Wish.COPY_US] / (SNAPSHOT_BUDGET * agreed[Wish.STEP_US])
+            self._snapshot_stride = max(1, math.ceil(stride))
+
+    _busy = False
+
+    def _due_by_step(self) -> bool:
+        before, self._epoch_before = self._epoch_before, self.epoch_reached
+        return self.triggers.by_step(self.step, self.epoch_reached, before)
+
+    @property
+    def epoch_reached(self) -> int:
+        """Epochs completed so far, as the running loop's cursor has it."""
+        cursor = self._loop.record.cursor if self._loop is not None else None
+        return max(self.epoch, (cursor or {}).get("epoch", 0))
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    def _save_or_snapshot(self) -> None:
+        stopping = self._stop_agreed == 1
+        if stopping or (self._save_due and not self._busy):
+            self._stage("stop" if stopping else self._save_reason)
+        elif self._own_names and self.group.rank == 0:
+            self._stage_named()
+        elif self.step % self._snapshot_stride == 0:
+            self._copy_s = self.saver.snapshot(self.step, self.head())
+        faults.at("save", self.step)
+
+    @property
+    def _own_names(self) -> bool:
+        return bool(self._save_names)
+
+    def _stage(self, reason: str) -> None:
+        name = self._save_names.pop(0) if self._save_names and reason != "stop" else ""
+        self._copy_s = self.saver.stage(self.step, self.head(), reason, name)
+        self._save_due = False
+        self._last_save = time.monotonic()
+
+    def _stage_named(self) -> None:
+        """A save asked for in the script, on every rank or on the main one: rank 0 holds all of it."""
+        while self._save_names:
+            self.saver.stage_whole(self.step, self.head(), "requested", self._save_names.pop(0))
+
+    def request_save(self, name: str) -> None:
+        """`run.save`: exact at the next resume point if rank 0 asks, else at the next agreed one."""
+        from orchestrator.storage.layout import check_save_name
+
+        if name:
+            check_save_name(name)
+        if self.group.rank == 0:
+            self._save_names.append(name)
+
+    def name_next_save(self, name: str) -> None:
+        """The name that `orchestrator save` gave the save it ordered."""
+        if name and self.group.rank == 0:
+            self._save_names.append(name)
+
+    def _leave_for_good(self) -> None:
+        """The group agreed to stop here; what had to be saved is staged."""
+        if self.context is not None:
+            self.context.tell({"op": "stopped", "step": self.step})
+            park()
+
+    # -- salvage (called by the side thread) -----------------------------------------------------------------------
+
+    @property
+    def salvageable(self) -> bool:
+        """Whether there is a resume point to come back to."""
+        return self.guard.resume_step >= 0
+
+    def salvage_segment(self) -> Segment:
+        """Everything this rank holds of its last resume point."""
+        return self.saver.write_whole(self.guard.resume_step)
+
+    # -- telling --------------------------------------------------------------------------------------------------
+
+    def head(self) -> dict[str, Any]:
+        """The JSON half of the state at this boundary."""
+        small, own_small = self.tracked.recorded()
+        own: dict[str, Any] = {"tracked": own_small}
+        readers = {name: record.reader for name, record in self.book.records.items() if record.reader is not None}
+        if readers:
+            own["readers"] = readers
+        head = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "samples": self.samples,
+            "seed": self.seed,
+            "user": self.state,
+            "loops": {name: record.to_json() for name, record in self.book.records.items()},
+            "small": small,
+            "per_rank": {str(self.group.rank): own} if own["tracked"] or readers else {},
+            "config": self._config,
+            "strategy": self._strategy.name,
+            "metrics": self.metrics.latest(),
+        }
+        return head
+
+    def check_state(self) -> None:
+        """Raise UsageError if `run.state` holds something that is not JSON."""
+        try:
+            json.dumps(self.state)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"run.state holds something that is not JSON ({error}); tensors belong in `run.track`.") from None
+
+    def _time_step(self, now: float) -> None:
+        took = now - self._step_started
+        self._step_s = took if self._step_s == 0.0 else (1 - _SMOOTHING) * self._step_s + _SMOOTHING * took
+
+    def _report(self, now: float) -> None:
+        context = self.context
+        if context is None or now - self._last_progress < PROGRESS_EVERY_S:
+            return
+        self._last_progress = now
+        loop = self._loop
+        length = loop.source.length if loop is not None else None
+        cursor = (loop.record.cursor or {}) if loop is not None else {}
+        context.tell(
+            {
+                "op": "progress",
+                "step": self.step,
+                "index": cursor.get("index", 0),
+                "total": length,
+                "samples": self.samples,
+                "epoch": self.epoch,
+                "step_s": self._step_s,
+                "metrics": self.metrics.latest(),
+            }
+        )
+
+    def tell_facts(self, loop: TrainingLoop) -> None:
+        """What only the script knows of the launch: the console prints it once."""
+        if self.context is not None and self.group.rank == 0:
+            facts = {"op": "facts", "global_batch": loop.source.global_batch_text, "seed": self.seed, "step": self.step}
+            self.context.tell({**facts, "loop": loop.name, "total": loop.source.length, "strategy": self._strategy.name})
+
+    def notice(self, text: str) -> None:
+        """Tell the user something once, from rank 0."""
+        if self.group.rank != 0:
+            return
+        if self.context is not None:
+            self.context.tell({"op": "notice", "text": text})
+        else:
+            print(f"orchestrator: {text}", flush=True)
+
+    # -- the end --------------------------------------------------------------------------------------------------
+
+    def complete(self) -> None:
+        """The script has ended normally: stage what is trained as `final`, and say so."""
+        trained = self.step - self._first_step
+        done_before = self.source is not None and self.source.reason == "final" and trained == 0
+        if not self.tracked.is_empty and not done_before:
+            self.agreement.now({})  # all ranks are here: from now on nobody changes anything
+            self.saver.stage(self.step, self.head(), "final", "")
+        self.saver.finish()
+        if self.context is not None:
+            why = self.finish_reason or ""
+            self.context.tell({"op": "finished", "step": self.step, "trained": trained, "why": why, "again": done_before})
+
+
+def _saver(context: WorkerContext | None, group: Group, options: dict[str, Any], tracked: RunState) -> Saver:
+    if context is not None:
+        return LaunchedSaver(context, group, tracked)
+    return PlainSaver(group, options, tracked) if options.get("storage") else NoSaver()
