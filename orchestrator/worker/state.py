@@ -250,19 +250,19 @@ def _steps(value: Any) -> bool:
 
 def _refuse_value(name: str, value: Any) -> None:
     """Raise UsageError for what can be neither referred to nor restored."""
-    kind = type(value).__name__
+    kind = f"{'an' if type(value).__name__[0] in 'aeiouAEIOU' else 'a'} {type(value).__name__}"
     if isinstance(value, (bool, int, float, complex, str, bytes, type(None), np.generic)):
         what = "a string" if isinstance(value, str) else "None" if value is None else "a number"
         raise UsageError(f'`track({name}={value!r:.40})`: {what} can only be copied; use `run.state["{name}"]`.')
     if isinstance(value, (dict, list, tuple, set)):
         raise UsageError(
-            f'`track({name}=…)`: a {kind} has no `state_dict`; put JSON values in `run.state["{name}"]` and track '
+            f'`track({name}=…)`: {kind} has no `state_dict`; put JSON values in `run.state["{name}"]` and track '
             "tensors by name."
         )
     missing = [method for method in ("state_dict", "load_state_dict") if not callable(getattr(value, method, None))]
     if missing:
         raise UsageError(
-            f"`track({name}=…)`: a {kind} has no `{'` and no `'.join(missing)}`, so it could not be restored; add "
+            f"`track({name}=…)`: {kind} has no `{'` and no `'.join(missing)}`, so it could not be restored; add "
             "both, or track its tensors by name."
         )
 

@@ -165,7 +165,13 @@ def _generator_access(value: Any) -> tuple[Callable[[], Any], Callable[[Any], No
         )
     if isinstance(value, random.Random):
         return value.getstate, value.setstate, "Python's random"
-    bits = value.bit_generator if isinstance(value, np.random.Generator) else value._bit_generator
+    if isinstance(value, np.random.RandomState):  # keeps half of a pair of normals outside its bit generator
+        return (
+            lambda: _plain_arrays(value.get_state(legacy=False)),
+            lambda state: value.set_state(_with_arrays(state)),
+            "numpy RandomState",
+        )
+    bits = value.bit_generator
     return lambda: _plain_arrays(bits.state), lambda state: _set_numpy(bits, state), f"numpy {type(bits).__name__}"
 
 
@@ -181,13 +187,15 @@ def _plain_arrays(state: Any) -> Any:
     return state.item() if isinstance(state, np.generic) else state
 
 
-def _set_numpy(bits: Any, state: Any) -> None:
-    def arrays(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: arrays(item) for key, item in value.items()}
-        return np.array(value[1], dtype=value[0]) if isinstance(value, list) else value
+def _with_arrays(state: Any) -> Any:
+    """The inverse of `_plain_arrays`."""
+    if isinstance(state, dict):
+        return {key: _with_arrays(value) for key, value in state.items()}
+    return np.array(state[1], dtype=state[0]) if isinstance(state, list) else state
 
-    bits.state = arrays(state)
+
+def _set_numpy(bits: Any, state: Any) -> None:
+    bits.state = _with_arrays(state)
 
 
 class ObjectItem:
