@@ -50,7 +50,7 @@ class Strategy(Protocol):
     def on_forward(self, callback: ForwardCallback, also: nn.Module | None = None) -> None:
         """Call `callback(module)` right after each training-mode forward of every wrapped module, present and future.
 
-        `also`: a module made from a wrapped one, such as `torch.compile`'s, to be listened to as well.
+        `also`: a module made from a wrapped one, such as `torch.compile`'s, to be listened to as well. Safe to repeat.
         """
         ...
 
@@ -73,8 +73,9 @@ class ForwardListeners:
         self._heard: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def add(self, callback: ForwardCallback) -> None:
-        """Call `callback(module)` from now on, after the callbacks added before it."""
-        self._callbacks.append(callback)
+        """Call `callback(module)` from now on, after those added before. Safe to repeat."""
+        if callback not in self._callbacks:
+            self._callbacks.append(callback)
 
     def listen(self, module: nn.Module) -> None:
         """Listen to `module`. Safe to repeat."""

@@ -30,6 +30,7 @@ from torch.optim.swa_utils import AveragedModel  # noqa: E402
 
 from orchestrator.errors import UsageError  # noqa: E402
 from orchestrator.strategies.ddp import DataParallel, DdpStrategy  # noqa: E402
+from orchestrator.worker.state import TrackedState  # noqa: E402
 
 CPU = torch.device("cpu")
 DEADLINE_S = 60
@@ -171,14 +172,15 @@ def shares(rank: int, world: int) -> dict[str, Any]:
     """A global batch of 10 over 3 ranks as 4 + 4 + 2, then as 10 + 0 + 0, against one process with all 10."""
     result: dict[str, Any] = {}
     everything = torch.cat([data(7, 0, 10)])
-    for name, sizes in (("even", None), ("4+4+2", (4, 4, 2)), ("10+0+0", (10, 0, 0)), ("even again", None)):
+    cases = (("even", None), ("4+4+2", (4, 4, 2)), ("4+4+2 views", (4, 4, 2)), ("10+0+0", (10, 0, 0)))
+    for name, sizes in cases:
         module = nn.Linear(24, 1)
         with torch.no_grad():
             module.weight.fill_(0.25)
             module.bias.fill_(0.5)
         reference = copy.deepcopy(module)
         strategy = DdpStrategy()
-        model = strategy.wrap(module, CPU)
+        model = strategy.wrap(module, CPU, gradient_as_bucket_view=name.endswith("views"))
         model(data(1, rank)).mean().backward()  # a hook must be registrable after a backward pass
         model.zero_grad()
         strategy.set_share(0.5 if sizes else None)
@@ -259,6 +261,12 @@ def accumulation(rank: int, world: int) -> dict[str, Any]:
     return {"seen": seen, "alike": len(set(gathered)) == 1, "bias": gradient[0]}
 
 
+def tracked_names(module: nn.Module) -> list[str]:
+    state = TrackedState()
+    state.add({"model": module})
+    return [name for name, _ in state.tensors()]
+
+
 def transparent(rank: int, world: int) -> dict[str, Any]:
     """Names, attributes, copies, forward callbacks."""
     strategy = DdpStrategy()
@@ -301,6 +309,8 @@ def transparent(rank: int, world: int) -> dict[str, Any]:
         "parameters": [n for n, _ in model.named_parameters()] == [n for n, _ in module.named_parameters()],
         "buffers": [n for n, _ in model.named_buffers()] == [n for n, _ in module.named_buffers()],
         "ema": sorted(ema.state_dict())[0:2],
+        "tracked": tracked_names(model) == tracked_names(net()),
+        "tracked ema": tracked_names(ema) == tracked_names(AveragedModel(net())),
         "heard": heard,
         "frozen": type(frozen).__name__,
         "refused": refused,
