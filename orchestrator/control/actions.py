@@ -13,8 +13,8 @@ from orchestrator.control.events import ErrorInfo, ShardPersisted
 class StartGroup:
     """Fork and start every rank. `placement`: (rank, agent) pairs, ranks contiguous on each agent.
 
-    `resume` is None for a fresh start (or the newest committed checkpoint if the run has one: the shell looks it up when
-    `from_storage` is true), else the salvage or memory segments that together hold the state.
+    `resume` is None for a fresh start (or the newest committed checkpoint if the run has one: the shell looks it up
+    when `from_storage` is true), else the salvage or memory segments that together hold the state.
     """
 
     attempt: int
@@ -58,7 +58,7 @@ class PersistChoice:
 
 @dataclass(frozen=True)
 class Commit:
-    """All shares of a save are there: check coverage, write the manifest, append to the commit log. Answer: Committed."""
+    """All shares of a save are there: check coverage, write the manifest, append to the log. Answer: Committed."""
 
     attempt: int
     step: int
@@ -69,7 +69,7 @@ class Commit:
 
 @dataclass(frozen=True)
 class ReleaseSegments:
-    """No salvage segment or snapshot of attempts up to this one is needed any more; agents may free them, not before."""
+    """No salvage or snapshot of attempts up to this one is needed any more; agents may free them, not before."""
 
     attempt: int
 

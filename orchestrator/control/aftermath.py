@@ -1,4 +1,4 @@
-"""How an attempt ends: drain, elect, salvage, then restart or give up. Pure; the rest of the machine is in machine.py."""
+"""How an attempt ends: drain, elect, salvage, then restart or give up. Pure; the rest is in machine.py."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class Aftermath(Core):
         attempt = cast(Attempt, self._attempt)
         missing = cast(Drainage, self._drainage).missing(attempt.agents - attempt.lost)
         limit = self.config.drain_timeout_s
-        text = f"{', '.join(missing)} did not say within {limit:g} s what its ranks hold; going on with what the others hold"
-        self._tell(text, "warning")
+        text = f"{', '.join(missing)} did not say within {limit:g} s what its ranks hold"
+        self._tell(f"{text}; going on with what the others hold", "warning")
         self._settle(now)
 
     def _drain_agent_lost(self, agent: str, now: float) -> None:
@@ -130,7 +130,8 @@ class Aftermath(Core):
         if event.election != drainage.election or event.agent not in drainage.elected.agents:
             return
         if not drainage.salvaged(event):
-            self._tell(f"{event.agent} could not write what it was elected for ({event.why}); electing again", "warning")
+            text = f"{event.agent} could not write what it was elected for ({event.why}); electing again"
+            self._tell(text, "warning")
             self._elect(now)
         elif not drainage.unwritten():
             self._decide(drainage.elected, now)

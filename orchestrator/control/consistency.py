@@ -4,7 +4,7 @@ A checkpoint's state is made of *pieces*, named by strings:
 
 * ``all``        every replicated tensor (one clean survivor of a data-parallel group holds them all), or instead
 * ``share:i/n``  the i-th of n shares into which replicated tensors were dealt when a snapshot was staged;
-* ``head``       the JSON half as rank 0 saw it (cursor, step, run.state, schedulers), and module buffers where a model has any;
+* ``head``       the JSON half as rank 0 saw it (cursor, step, run.state, schedulers), and module buffers;
 * ``rank:r``     what rank r alone holds (values tracked as `per_rank`, the state of an iterable's reader).
 """
 
@@ -30,10 +30,10 @@ class Tier(IntEnum):
 
 @dataclass(frozen=True)
 class Offer:
-    """`holder` (for example "agent-0/rank-1/live") can supply `pieces` of resume point `step` at a cost of `size_bytes`.
+    """`holder` (for example "agent-0/rank-1/live") can supply `pieces` of resume point `step`, `size_bytes` in all.
 
-    `attempt` is the attempt in which that state was computed (0: the one the answer belongs to). Pieces of two attempts
-    are never put together: where a step was computed twice, the two need not be bitwise the same.
+    `attempt` is the attempt in which that state was computed (0: the one the answer belongs to). Pieces of two
+    attempts are never put together: where a step was computed twice, the two need not be bitwise the same.
     """
 
     tier: Tier

@@ -155,7 +155,7 @@ class Core:
             self._order(KillGroup(self._attempt.number))
 
     def _persist(self, reason: str, attempt: int, now: float) -> None:
-        """Have the newest held segments written under `attempt`'s paths, unless as new a state is on its way already."""
+        """Have the newest held segments written under `attempt`'s paths, unless as new a state is on its way."""
         choice = self._sources.newest_held()
         known = (step for step in (self._book.committed_step, self._book.newest_staged) if step is not None)
         if choice is None or choice.step <= max(known, default=-1):
@@ -203,16 +203,17 @@ class Core:
         ending = self._ending
         if ending is None:
             return
-        broken = self._broken_promise(ending)
+        step = ending.step if ending.outcome == "completed" else max(ending.step, self._book.committed_step or 0)
+        broken = self._broken_promise()
         if broken:
             why = f"{ending.why}, but {broken}; {self._kept()}"
             code = ending.exit_code if ending.outcome == "failed" else EXIT_FAILED
-            self._finish("failed", code, ending.step, why)
+            self._finish("failed", code, step, why)
         else:
             more = f"; {self._kept()}" if ending.outcome == "failed" or self._behind(ending) else ""
-            self._finish(ending.outcome, ending.exit_code, ending.step, ending.why + more)
+            self._finish(ending.outcome, ending.exit_code, step, ending.why + more)
 
-    def _broken_promise(self, ending: Ending) -> str:
+    def _broken_promise(self) -> str:
         """Why state that the last attempt handed over is not in storage, or nothing."""
         number = self._attempt.number if self._attempt is not None else 0
         committed = self._book.committed_step

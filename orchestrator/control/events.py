@@ -15,7 +15,7 @@ from orchestrator.control.consistency import Offer
 
 @dataclass(frozen=True)
 class ErrorInfo:
-    """A Python exception as a rank reported it. `frame` is the innermost frame of the user's own code, "file.py:31 in fn".
+    """A Python exception as a rank reported it. `frame`: the innermost frame of the user's code, "file.py:31 in fn".
 
     `secondary` is true for exceptions that only tell of another rank's death (a lost gloo or NCCL connection).
     `setup` is true if the exception came before `init()` returned or while the group was being formed.
@@ -104,7 +104,7 @@ class WorkerFailed:
 
 @dataclass(frozen=True)
 class WorkerFinished:
-    """The rank's script ended normally, and its share of the final state is staged. `trained`: steps done in this launch."""
+    """The rank's script ended normally, and its share of the final state is staged. `trained`: steps of this launch."""
 
     attempt: int
     rank: int
@@ -161,7 +161,7 @@ class SaveStaged:
 
 @dataclass(frozen=True)
 class ShardPersisted:
-    """The saver wrote one share to storage. `shard` is the report that the committer needs (file, digests, table, head).
+    """The saver wrote one share to storage. `shard`: the report that the committer needs (file, digests, table, head).
 
     Exception-triggered saves arrive with `shares` = how many files make them whole (salvage is written by few ranks).
     """

@@ -40,7 +40,7 @@ def root_of(failures: Sequence[WorkerFailed]) -> WorkerFailed:
 
 
 def is_user_exception(failure: WorkerFailed) -> bool:
-    """True if the user's own code raised: not a lost connection, not a signal, exit, hang, lack of memory or lost node."""
+    """True if the user's own code raised: no lost connection, signal, exit, hang, lack of memory or lost node."""
     return failure.cause == "exception" and failure.error is not None and not failure.error.secondary
 
 

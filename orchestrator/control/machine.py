@@ -1,7 +1,8 @@
 """The brain of a run: events in, actions out. Pure: no clock, no I/O; `now` comes with every event.
 
-`Machine.step` never blocks and never raises for what the world does: an event that makes no sense in a state is ignored.
-How an attempt ends (drain, elect, salvage, decide) is in `aftermath.py`; which state may follow which, in `state.py`.
+`Machine.step` never blocks and never raises for what the world does: an event that makes no sense in a state is
+ignored. Orders come before what is written about them. How an attempt ends (drain, elect, salvage, decide) is in
+`aftermath.py`; how a group starts and a run ends in `core.py`; which state may follow which in `state.py`.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ class Machine(Aftermath):
             self._gather_by = now + self.config.start_timeout_s
         if self._is_old(event):
             return ()
-        _HANDLERS[type(event)](self, event, now)
+        handler = _HANDLERS.get(type(event))
+        if handler is None:
+            raise TypeError(f"{event!r} is no event of ours (state {self.state.value})")
+        handler(self, event, now)
         self._after(now)
         out = (*self._orders, *self._said, *(() if self._last is None else (self._last,)))
         self._orders, self._said = [], []
@@ -155,7 +159,7 @@ class Machine(Aftermath):
         if self.state is not State.STARTING or attempt.groups.keys() != attempt.agents:
             return
         self._go(State.RUNNING)
-        stored = self._book.committed_step is not None or event.resume_step is not None
+        stored = self._book.committed_step is not None or bool(event.resume_step)
         self._said.append(records.group_started(attempt, self._agents, attempt.resume_step, stored))
         if self._outage is not None:
             self._outage.add("start", now - attempt.started_at)
@@ -167,7 +171,8 @@ class Machine(Aftermath):
     def _worker_stepped(self, event: WorkerStepped, now: float) -> None:
         attempt = cast(Attempt, self._attempt)
         if attempt.resume is None and event.step < (self._book.committed_step or 0):
-            attempt.resume_step = event.step - 1  # storage held less than the log promised, and the shell went further back
+            attempt.resume_step = event.step - 1  # the newest checkpoint was damaged, and the shell went further back
+            attempt.reached = event.step
             self._book.rewound(event.step - 1)
         self._may_release = True
         attempt.stepped.setdefault(event.rank, event)
@@ -281,8 +286,8 @@ class Machine(Aftermath):
     def _grace_over(self, now: float) -> None:
         attempt = cast(Attempt, self._attempt)
         inside = sorted(set(attempt.home) - attempt.finished.keys() - attempt.stopped.keys())
-        text = f"ranks {inside} did not leave within {self.config.grace_s:g} s; saving what they hold, then killing them"
-        self._tell(text, "warning")
+        text = f"ranks {inside} did not leave within {self.config.grace_s:g} s"
+        self._tell(f"{text}; saving what they hold, then killing them", "warning")
         self._drain(now)
 
     # saves
@@ -290,8 +295,8 @@ class Machine(Aftermath):
     def _save_staged(self, event: SaveStaged, now: float) -> None:
         attempt = cast(Attempt, self._attempt)
         attempt.saw(event.step)
-        self._book.stage(event, now)
-        if event.reason == "requested" and event.name in self._wishes:
+        whole = self._book.stage(event, now)
+        if whole and event.reason == "requested" and event.name in self._wishes:
             self._wishes.remove(event.name)
 
     def _shard_persisted(self, event: ShardPersisted, now: float) -> None:
@@ -303,7 +308,7 @@ class Machine(Aftermath):
     def _committed(self, event: Committed, now: float) -> None:
         if event.superseded:
             self._kill()
-            why = f"another driver took over this run (noticed when committing step {event.step}): {event.why}".rstrip(": ")
+            why = f"another driver took over this run, so step {event.step} was not committed: {event.why}".rstrip(": ")
             self._finish("failed", EXIT_FAILED, self._newest_step(), f"{why}; look at it with `orchestrator status`")
         elif self._book.committed(event):
             self._may_release = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import hashlib
 from dataclasses import dataclass, field, replace
 
 from orchestrator.control.events import WorkerFailed
@@ -37,7 +37,8 @@ class RestartPolicy:
         if failures <= 1:
             return 0.0
         plain = min(self.cap_s, self.base_s * 2.0 ** min(failures - 2, 32))
-        return plain * (1.0 + self.jitter * random.Random(f"{self.seed}/{failures}").random())
+        digest = hashlib.sha256(f"{self.seed}/{failures}".encode()).digest()
+        return plain * (1.0 + self.jitter * int.from_bytes(digest[:4], "big") / 2**32)
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,9 @@ def _refuse(
         return GiveUp(EXIT_FAILED, why)
     count = dict(after.counts)[root.cause]
     if count > policy.max_restarts:
-        why = f"{describe(root)}; {count} failures of this kind without progress, {policy.max_restarts} are restarted"
+        times = "once" if count == 1 else f"{count} times"
+        why = (
+            f"{describe(root)}; it happened {times} without progress in between (--max-restarts {policy.max_restarts})"
+        )
         return GiveUp(EXIT_FAILED, why)
     return None

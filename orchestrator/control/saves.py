@@ -1,8 +1,8 @@
 """The save book: which saves are on their way to storage, and which may be committed next. Pure.
 
-A save is whole when all its shares are in storage. One commit is in flight at a time, in step order. A save whose shares
-can never all arrive is dropped as a whole, and told. A save that is staged survives the end of its attempt, because the
-agents own the memory it lies in.
+A save is whole when all its shares are in storage. One commit is in flight at a time, in step order. A save whose
+shares can never all arrive is dropped as a whole, and told. A save that is staged survives the end of its attempt,
+because the agents own the memory it lies in.
 """
 
 from __future__ import annotations
@@ -103,12 +103,13 @@ class SaveBook:
 
     # what happens
 
-    def stage(self, event: SaveStaged, now: float) -> None:
-        """A rank put its share into shared memory."""
+    def stage(self, event: SaveStaged, now: float) -> bool:
+        """A rank put its share into shared memory. True if no worker is needed for this save any more."""
         key = SaveKey(event.step, event.attempt, event.reason, event.name)
         save = self._entry(key, event.world_size, now)
         if save is not None:
             save.staged.add(event.rank)
+        return save is not None and save.fully_staged
 
     def persist(self, choice: Choice, attempt: int, reason: str, now: float) -> None:
         """The agents were asked to write the segments of `choice` to storage."""

@@ -52,10 +52,10 @@ class IllegalTransitionError(OrchestratorError):
 class MachineConfig:
     """What the machine needs to know of a launch. Times in seconds.
 
-    `per_rank`: ranks hold state of their own. `committed_step`: the newest checkpoint in the commit log, None if there is
-    none. `first_attempt` must be above every attempt that earlier drivers used for this run: paths are unique per attempt.
-    `save_timeout_s`: how long a save may go without a share arriving before it counts as lost; also how long an answer to
-    Commit may take while a restart or the end of the run waits for it.
+    `per_rank`: ranks hold state of their own. `committed_step`: the newest checkpoint in the commit log, None if there
+    is none. `first_attempt` must be above every attempt that earlier drivers used for this run: paths are unique per
+    attempt. `save_timeout_s`: how long a save may go without a share arriving before it counts as lost; also how long
+    an answer to Commit may take while a restart or the end of the run waits for it.
     """
 
     world_size: int
@@ -77,7 +77,7 @@ class MachineConfig:
 
 @dataclass(frozen=True)
 class MachineView:
-    """What a console shows. `step`: the newest step known to be completed; `restarts`: groups started after the first."""
+    """What a console shows. `step`: the newest step known to be completed; `restarts`: groups after the first."""
 
     state: State
     attempt: int
@@ -100,7 +100,7 @@ class Ending:
 
 @dataclass
 class Attempt:
-    """One group of workers, from StartGroup to KillGroup. `reached`: the highest step any rank is known to have completed."""
+    """One group of workers, from StartGroup to KillGroup. `reached`: the highest step a rank is known to have done."""
 
     number: int
     home: dict[int, str]  # rank -> agent

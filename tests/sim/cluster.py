@@ -1,6 +1,6 @@
 """A virtual cluster: agents, workers in lockstep, snapshots, savers. It does what the machine orders and reports back.
 
-It is deliberately dumb: it knows what is really where (`holds`), so that a choice of the machine can be checked against it.
+It is deliberately dumb, and knows what is really where (`holds`): a choice of the machine is checked against that.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Worker:
 
 
 class Agent:
-    """One node. What it holds goes with it: workers, snapshots (attempt, rank, step), salvage (attempt, holder, step)."""
+    """One node and what goes with it: workers, snapshots (attempt, rank, step), salvage (attempt, holder, step)."""
 
     def __init__(self, name: str, slots: int) -> None:
         self.name, self.slots = name, slots
@@ -46,6 +46,7 @@ class Agent:
         self.snapshots: set[tuple[int, int, int]] = set()
         self.salvage: set[tuple[int, str, int]] = set()
         self.released = -1
+        self.broken: set[str] = set()  # holders that can never write what they hold
         self.joined_at = 0.0
         self.up_at = 0.0  # when its last message to the driver arrives
         self.down_at = 0.0
@@ -198,7 +199,8 @@ class Cluster:
         if len(group.arrived) == group.world_size:
             group.arrived = set()
             for other in group.workers.values():
-                self.later(self.rng.uniform(0.0, 0.2), self._reduced, group, other, other.epoch)
+                if other.state == WAITING:  # one that died meanwhile had sent its share already
+                    self.later(self.rng.uniform(0.0, 0.2), self._reduced, group, other, other.epoch)
 
     def _reduced(self, group: Group, worker: Worker, epoch: int) -> None:
         if worker.epoch != epoch or worker.agent.poisoned:
@@ -347,20 +349,19 @@ class Cluster:
         ok = all((offer.holder, offer.step) in offered or offer.tier is Tier.MEMORY for offer in mine)
         if agent.attempt != order.attempt:
             ok = False
-        if ok and self.rng.random() < self.plan.salvage_fails:
+        if ok and (mine[0].holder in agent.broken or self.rng.random() < self.plan.salvage_fails):
+            agent.broken.add(mine[0].holder)
             ok = False
         if not ok and self.group is not None:
             self.group.ended_dirty = True
         if ok:
             agent.salvage |= {(order.attempt, offer.holder, offer.step) for offer in mine}
         why = "" if ok else "it is gone"
-        self.later(
-            self.rng.uniform(0.0, 0.2), self._written, agent,
-            ev.Salvaged(order.attempt, agent.name, order.election, ok, why),
-        )  # fmt: skip
+        said = ev.Salvaged(order.attempt, agent.name, order.election, ok, why)
+        self.later(self.rng.uniform(0.0, 0.2), self._written, agent, said)
 
     def kill(self, group: Group) -> None:
-        """The driver's order; that it takes a while to arrive matters to nobody, because what lives is fenced by attempt."""
+        """The driver's order. That it takes a while to arrive matters to nobody: attempts fence what still lives."""
         group.killed = True
         for worker in group.workers.values():
             if worker.state != DEAD:

@@ -1,4 +1,4 @@
-"""Run one schedule: the machine, the virtual cluster, a commit log and a clock; check every invariant after every event."""
+"""One schedule: the machine, the virtual cluster, a commit log and a clock; invariants are checked after every event."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ class Schedule:
         self.roots: dict[int, int] = {}
         self.driver = 0
         self.rewound = False
+        self.told_lost: set[str] = set()
+        self.committing: do.Commit | None = None
         self.machine = self._new_machine()
 
     # the driver and the clock
@@ -61,7 +63,7 @@ class Schedule:
             first_attempt=self.last_attempt + 1,
         )
         self.driver += 1
-        self.choices, self.floor = [], None
+        self.choices, self.floor, self.committing = [], None, None
         for slots in plan.slots:
             self.later(self.rng.uniform(0.0, 1.0), self.cluster.add_agent, slots)
         return Machine(config)
@@ -83,6 +85,7 @@ class Schedule:
 
     def lose(self, agent: Agent, event: ev.AgentLost) -> None:
         if self.cluster.agents.get(agent.name) is agent:
+            self.told_lost.add(agent.name)
             self.hear(self.driver, event)
 
     def hear(self, driver: int, event: ev.Event) -> None:
@@ -180,6 +183,7 @@ class Schedule:
         old = self.cluster.group
         self.check(old is None or old.killed, f"attempt {action.attempt} starts before the one before was killed")
         self.check([rank for rank, _ in action.placement] == list(range(self.plan.world_size)), "ranks are missing")
+        self.check(not self.told_lost & {name for _, name in action.placement}, "ranks are placed on a lost agent")
         self.last_attempt = action.attempt
         step, told = self._source(action)
         if self.floor is not None and not self.rewound:
@@ -191,11 +195,20 @@ class Schedule:
 
     def _source(self, action: do.StartGroup) -> tuple[int, int | None]:
         """The step a group really starts from, and what the shell says about it."""
+        if self.committing is not None and not self.rewound:
+            step = action.resume.step if action.resume is not None else max([*self.log, 0])
+            self.check(
+                self.committing.step <= step, f"starts from {step} while {self.committing.step} is being committed"
+            )
         if action.resume is not None:
             self.check(not action.from_storage, "two sources")
+            self._covered(action.resume)
+            self.check(not self.told_lost & action.resume.agents, f"the holder is lost: {action.resume}")
             gone = any(not self.cluster.agents[offer.agent].alive for offer, _ in action.resume.picks)
             self.check(gone or self.cluster.holds(action.resume), f"nobody holds {action.resume}")
-            self.check(not self.log or self.rewound or action.resume.step >= self.log[-1], "memory is older than storage")
+            self.check(
+                not self.log or self.rewound or action.resume.step >= self.log[-1], "memory is older than storage"
+            )
             return action.resume.step, None
         self.check(action.from_storage, "no source")
         newest = self.log[-1] if self.log else 0
@@ -204,6 +217,16 @@ class Schedule:
             newest = self.log[-2]
             self.log.append(newest)  # the shell goes on from there, and so does the log
         return newest, newest if self.plan.names_resume_step or self.rewound else None
+
+    def _covered(self, choice: Choice) -> None:
+        """The picks really make a whole state, by a count of our own."""
+        pieces = {piece for offer, picked in choice.picks for piece in picked if piece in offer.pieces}
+        deals = [piece.split("/") for piece in pieces if piece.startswith("share:")]
+        whole = "all" in pieces or bool(deals) and len(deals) == int(deals[0][1])
+        ranks = {f"rank:{rank}" for rank in range(self.plan.world_size)} if self.plan.per_rank else set()
+        self.check(whole and {"head", *ranks} <= pieces, f"not a whole state: {choice}")
+        lines = {offer.attempt or choice.attempt for offer, _ in choice.picks}
+        self.check(len(lines) == 1 and {offer.step for offer, _ in choice.picks} == {choice.step}, f"mixed: {choice}")
 
     def _drain(self, action: do.Drain) -> None:
         self._current(action.attempt)
@@ -243,14 +266,19 @@ class Schedule:
         for shard in action.shards:
             key = (action.attempt, action.step, action.reason, action.name, shard.rank)
             self.check(key in self.persisted, f"{key} is committed but was never persisted")
+        self.check(self.committing is None, "two commits in flight")
+        self.committing = action
         self.later(self.rng.uniform(0.05, 0.5), self._append, self.driver, action)
 
     def _append(self, driver: int, action: do.Commit) -> None:
         if driver != self.driver:
             return
+        self.committing = None
         ok = self.rng.random() >= self.plan.commit_fails
         if ok:
-            self.check(not self.log or action.step >= self.log[-1], f"the log goes from {self.log} back to {action.step}")
+            self.check(
+                not self.log or action.step >= self.log[-1], f"the log goes from {self.log} back to {action.step}"
+            )
             self.log.append(action.step)
         self.hear(driver, ev.Committed(action.attempt, action.step, ok, "" if ok else "503"))
 
@@ -280,6 +308,12 @@ class Schedule:
             attempt = fields["attempt"]
             self.roots[attempt] = self.roots.get(attempt, 0) + 1
             self.check(self.roots[attempt] == 1, f"two root causes in attempt {attempt}")
+        elif action.event == "save_dropped":
+            self.check(
+                "nothing came" not in fields["why"], f"waited in vain, though every share's fate was told: {fields}"
+            )
+            replaced = "was committed before" in fields["why"] and fields["reason"] not in ("periodic", "exception")
+            self.check(not replaced, f"a checkpoint that was asked for was overtaken: {fields}")
         elif action.event == "recovered":
             self.check(fields["lost_steps"] >= 0 and fields["recovery_s"] >= 0, f"nonsense: {fields}")
 
@@ -291,6 +325,12 @@ class Schedule:
         group = self.cluster.group
         self.check(group is None or group.killed, "Finish leaves a group alive")
         self.check(bool(action.why), "Finish without a reason")
+        reliable = not self.plan.persist_fails and not self.plan.commit_fails
+        if reliable and self.floor and action.outcome != "completed" and "without saving" not in action.why:
+            if self.plan.exception_save or action.outcome == "stopped":
+                self.check(
+                    bool(self.log) and self.log[-1] >= self.floor, f"step {self.floor} was there, log {self.log}"
+                )
         if action.outcome == "completed":
             self.check(action.exit_code == 0, "completed, but not with 0")
             self.check(bool(self.log) and self.log[-1] == self.plan.total_steps, f"completed, log {self.log}")
