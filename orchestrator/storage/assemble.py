@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from orchestrator.errors import StorageError
-from orchestrator.storage.manifest import Chunk, Manifest, Shape, StoredFile, StoredTensor, coverage
+from orchestrator.storage.coverage import coverage
+from orchestrator.storage.manifest import Chunk, Manifest, Shape, StoredFile, StoredTensor
 
 Shard = Mapping[str, Any]
 

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import CheckpointDamagedError, StorageError, UsageError
-from orchestrator.storage.codec import unflatten
 from orchestrator.storage.commitlog import CommitLog
 from orchestrator.storage.layout import LAST, RunAddress, Selector, parse_address, parse_selector
 from orchestrator.storage.local import TEMPORARY, explain, sync_directory
 from orchestrator.storage.manifest import CheckpointRecord, Manifest
 from orchestrator.storage.retention import best
 from orchestrator.storage.runs import RunIdentity, read_identity
-from orchestrator.storage.segment import layout, safetensors_header
 from orchestrator.storage.store import Store, local_path, open_store
+from orchestrator.storage.trees import aliases, all_trees, plain_states
 from orchestrator.storage.verify import check_manifest, read_manifest, verify_files
 
 FORMATS = ("safetensors", "torch")
@@ -138,20 +137,15 @@ def find_sound(run: RunStore, selector: str | Selector | None = None) -> tuple[C
 def load(address: str, storage: str | None = None) -> dict[str, Any]:
     """`orchestrator.load("runs/train@best")["model"]`: tracked name → plain state, tensors on the CPU.
 
-    Names are those of the model itself, without any wrapper's prefix. Values tracked as `per_rank` come as
-    {rank: value}. Every digest is verified. Raises UsageError, CheckpointDamagedError.
+    Names are those of the model itself, without any wrapper's prefix; `trees.plain_state` says what comes for what.
+    Values tracked as `per_rank` come as {rank: value}. Every digest is verified. Raises UsageError,
+    CheckpointDamagedError.
     """
     from orchestrator.storage.shards import as_kind, read_tensors
 
     run = open_run(address, storage)
     _, manifest = find_sound(run)
-    tensors = read_tensors(run.store, manifest)
-    state = manifest.state
-    loaded = {name: unflatten(tree, tensors, as_kind) for name, tree in (state.get("tracked") or {}).items()}
-    for rank, trees in (state.get("per_rank") or {}).items():
-        for name, tree in trees.items():
-            loaded.setdefault(name, {})[int(rank)] = unflatten(tree, tensors, as_kind)
-    return loaded
+    return plain_states(manifest.state, manifest.world_size, read_tensors(run.store, manifest), as_kind)
 
 
 @dataclass(frozen=True)
@@ -203,6 +197,8 @@ def export(
     if file_format not in FORMATS:
         raise UsageError(f"--format {file_format}: there are {' and '.join(FORMATS)}.")
     _, manifest = find_sound(run, selector)
+    shared = {key: name for tree in all_trees(manifest.state) for key, name in aliases(tree).items()}
+    names = {name: name for name in manifest.tensors} | shared
     target = Path(output)
     if target.is_dir() or not target.parent.is_dir():
         raise UsageError(f"--output {target}: give a file in a directory that exists.")
@@ -210,11 +206,9 @@ def export(
     try:
         with temporary.open("xb") as file:
             if file_format == "torch":
-                shards.export_torch(run.store, manifest, file)
+                shards.export_torch(run.store, manifest, names, file)
             else:
-                table, _ = layout((name, tensor.dtype, tensor.shape) for name, tensor in manifest.tensors.items())
-                header = safetensors_header(table, _metadata(manifest))
-                shards.export_safetensors(run.store, manifest, table, header, file)
+                shards.export_safetensors(run.store, manifest, names, _metadata(manifest), file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)

@@ -230,7 +230,7 @@ class _Decoder:
             return self.tensor(tree)
         try:
             return _MARKS[mark](self, tree[mark], tree)
-        except (KeyError, TypeError, ValueError, struct.error) as error:
+        except (LookupError, TypeError, ValueError, struct.error) as error:
             raise CheckpointDamagedError(
                 f"The checkpoint's state holds a {mark[:40]!r} entry that cannot be read ({error}); it is damaged or "
                 "was written by a newer orchestrator."

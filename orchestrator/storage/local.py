@@ -27,7 +27,12 @@ _ADVICE = {
     errno.ESTALE: "the network file system lost this file; check the mount",
 }
 
-_READ_ERRORS = {errno.ENOENT: MissingFileError, errno.EIO: CheckpointDamagedError, errno.EISDIR: CheckpointDamagedError}
+_READ_ERRORS: dict[int, type[StorageError]] = {
+    errno.ENOENT: MissingFileError,
+    errno.ENOTDIR: MissingFileError,
+    errno.EIO: CheckpointDamagedError,
+    errno.EISDIR: CheckpointDamagedError,
+}
 
 
 def explain(error: OSError, path: str | Path, doing: str) -> StorageError:

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what it holds, where every byte lies, and how to tell that it is whole. Pure.
+"""The manifest of a checkpoint: what it holds and where every byte lies. Pure.
 
 A manifest read from storage is a stranger's word: every field is checked here, once, so that no reader can be led out
 of the checkpoint's directory, into absurd allocations, or to the same bytes twice.
@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.errors import CheckpointDamagedError
-from orchestrator.storage.codec import tensor_names
 
 SCHEMA = 1
 MAX_DIMENSIONS = 64
@@ -184,7 +183,7 @@ class _Reader:
         schema = raw.get("schema")
         if type(schema) is int and schema > SCHEMA:
             raise self.damaged(f"has schema {schema}, this orchestrator reads up to {SCHEMA}: install a newer one")
-        if schema != SCHEMA or raw.get("kind") != "orchestrator-checkpoint":
+        if type(schema) is not int or schema != SCHEMA or raw.get("kind") != "orchestrator-checkpoint":
             raise self.damaged("is not a checkpoint manifest of ours")
 
     def count(self, raw: dict[str, Any], key: str, most: int = MAX_BYTES) -> int:
@@ -273,46 +272,6 @@ def _inside(offset: Shape, size: Shape, shape: Shape) -> bool:
     if not len(offset) == len(size) == len(shape):
         return False
     return all(o + s <= n for o, s, n in zip(offset, size, shape, strict=True))
-
-
-def coverage(manifest: Manifest) -> None:
-    """Check that every tensor's chunks tile its shape, and that every tensor the state refers to is there.
-
-    Raises CheckpointDamagedError naming the tensor. Safe to repeat; O(n log n) for tensors split along one dimension.
-    """
-    for name, tensor in manifest.tensors.items():
-        why = _untiled(tensor)
-        if why:
-            raise CheckpointDamagedError(f"Checkpoint of step {manifest.step}: tensor {name!r} {why}.")
-    for name in _referred(manifest.state):
-        if name not in manifest.tensors:
-            raise CheckpointDamagedError(f"Checkpoint of step {manifest.step}: tensor {name!r} is in no file of it.")
-
-
-def _referred(state: Mapping[str, Any]) -> Iterator[str]:
-    yield from tensor_names(state.get("tracked"))
-    yield from tensor_names(state.get("per_rank"))
-
-
-def _untiled(tensor: StoredTensor) -> str:
-    """Empty if the boxes tile the shape: they are disjoint, and their volumes add up to the whole."""
-    whole = math.prod(tensor.shape)
-    boxes = sorted(((c.offset, c.size) for c in tensor.chunks if math.prod(c.size)), key=lambda box: box[0])
-    held = sum(math.prod(size) for _, size in boxes)
-    if held != whole:
-        return f"is not whole: its chunks hold {held} of {whole} elements"
-    active: list[tuple[Shape, Shape]] = []
-    for offset, size in boxes:
-        if offset:  # boxes that end before this one begins cannot meet any later one either
-            active = [box for box in active if box[0][0] + box[1][0] > offset[0]]
-        if any(_meet(box, (offset, size)) for box in active):
-            return "has chunks that overlap"
-        active.append((offset, size))
-    return ""
-
-
-def _meet(one: tuple[Shape, Shape], other: tuple[Shape, Shape]) -> bool:
-    return all(a < b + m and b < a + n for a, n, b, m in zip(*one, *other, strict=True))
 
 
 @dataclass(frozen=True)

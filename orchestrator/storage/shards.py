@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from orchestrator.errors import CheckpointDamagedError, StorageError, UsageError
 from orchestrator.storage.digest import crc32c
 from orchestrator.storage.manifest import Chunk, Manifest
-from orchestrator.storage.segment import TensorEntry, nbytes, safetensors_header
+from orchestrator.storage.segment import TensorEntry, layout, nbytes, safetensors_header
 from orchestrator.storage.store import Store
 from orchestrator.storage.verify import check_files
 
@@ -50,10 +50,11 @@ def write_shard(
         }
         for entry, value in zip(entries, digests.of_entries, strict=True)
     ]  # fmt: skip
+    own = dict(head.get("head") or {})
     return {
         "file": {"path": path, "bytes": len(header) + end, "crc32c": f"{digests.of_file:08x}"},
         "attempt": int(head["attempt"]), "step": step, "rank": rank, "world_size": int(head["world_size"]),
-        "head": dict(head.get("head") or {}), "trees": dict(head.get("trees") or {}), "tensors": tensors,
+        "head": own, "trees": {} if own.get("tracked") else dict(head.get("trees") or {}), "tensors": tensors,
     }  # fmt: skip
 
 
@@ -299,14 +300,16 @@ _BATCH_BYTES = 256 << 20
 
 
 def export_safetensors(
-    store: Store, manifest: Manifest, table: Sequence[TensorEntry], header: bytes, file: BinaryIO
+    store: Store, manifest: Manifest, names: Mapping[str, str], metadata: Mapping[str, str], file: BinaryIO
 ) -> None:
-    """Write `header` and all tensors, whole, in the order of `table` to a binary file; a part of them in memory."""
-    file.write(header)
+    """Write tensors, whole, as one safetensors file, a part of them in memory at a time. `names`: key → stored name."""
+    tensors = manifest.tensors
+    table, _ = layout((key, tensors[name].dtype, tensors[name].shape) for key, name in names.items())
+    file.write(safetensors_header(table, metadata))
     for batch in _batches(table):
-        tensors = read_tensors(store, manifest, {entry.name: None for entry in batch})
+        read = read_tensors(store, manifest, {names[entry.name]: None for entry in batch})
         for entry in batch:
-            file.write(_bytes_of(tensors[entry.name]))
+            file.write(_bytes_of(read[names[entry.name]]))
 
 
 def _batches(table: Sequence[TensorEntry]) -> Iterator[list[TensorEntry]]:
@@ -320,8 +323,9 @@ def _batches(table: Sequence[TensorEntry]) -> Iterator[list[TensorEntry]]:
         yield batch
 
 
-def export_torch(store: Store, manifest: Manifest, file: BinaryIO) -> None:
-    """Write all tensors by name as one flat dict that `torch.load(weights_only=True)` reads."""
+def export_torch(store: Store, manifest: Manifest, names: Mapping[str, str], file: BinaryIO) -> None:
+    """Write tensors as one flat dict that `torch.load(weights_only=True)` reads. `names`: key → stored name."""
     import torch
 
-    torch.save(read_tensors(store, manifest), file)
+    read = read_tensors(store, manifest, dict.fromkeys(names.values()))
+    torch.save({key: read[name] for key, name in names.items()}, file)

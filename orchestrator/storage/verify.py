@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from orchestrator.errors import CheckpointDamagedError
+from orchestrator.storage.coverage import coverage
 from orchestrator.storage.digest import crc32c
 from orchestrator.storage.layout import manifest_path
-from orchestrator.storage.manifest import CheckpointRecord, Manifest, StoredFile, coverage, parse_manifest
+from orchestrator.storage.manifest import CheckpointRecord, Manifest, StoredFile, parse_manifest
 from orchestrator.storage.store import MissingFileError, Store
 
 BLOCK_BYTES = 8 << 20
