@@ -49,6 +49,7 @@ class GroupHost:
             "order": self._order,
             "persist": self._persist,
             "release": self._release,
+            "prepare": self._prepare,
         }
         operation = command["op"]
         if operation in ("drain", "salvage", "kill", "order") and command["attempt"] != self.attempt:
@@ -330,6 +331,9 @@ class GroupHost:
 
     def _release(self, command: dict[str, Any]) -> None:
         self._node.holdings.release(command["attempt"])
+
+    def _prepare(self, command: dict[str, Any]) -> None:
+        self._node.prepare()
 
     # -- kill and sample ----------------------------------------------------------------------------------------------
 

@@ -87,7 +87,7 @@ class NodeAgent:
             with contextlib.suppress(OSError):
                 self._driver_fd = os.pidfd_open(settings.driver_pid)
                 self._selector.register(self._driver_fd, selectors.EVENT_READ, self.end)
-        self._prepare()
+        self.prepare()
         self._thread = threading.Thread(target=self._run, name="agent", daemon=True)
 
     def start(self) -> None:
@@ -173,7 +173,7 @@ class NodeAgent:
 
     # -- zygote -------------------------------------------------------------------------------------------------------
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
         """Have a spare for every rank and a store for the next attempt."""
         while len(self._spares) < self.settings.slots:
             self._spares.append(self._fork())
@@ -212,7 +212,7 @@ class NodeAgent:
 
     def refill_later(self) -> None:
         """Fork new spares when the group is up: forking costs time that the restart needs."""
-        self.after(REFILL_AFTER_S, self._prepare)
+        self.after(REFILL_AFTER_S, self.prepare)
 
     def _on_zygote(self) -> None:
         received = wire.receive(self._zygote_sock)
@@ -242,7 +242,7 @@ class NodeAgent:
         for spare in [spare for spare in self._spares if spare.pid == pid]:
             self._spares.remove(spare)
             spare.sock.close()
-            self.after(1.0, self._prepare)
+            self.after(1.0, self.prepare)
         self.group.exited(pid, status)
 
     def _zygote_lost(self) -> None:

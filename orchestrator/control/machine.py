@@ -13,6 +13,7 @@ from typing import Any, cast
 from orchestrator.control import records
 from orchestrator.control.actions import Action, AskWorkers, ReleaseSegments
 from orchestrator.control.aftermath import Aftermath
+from orchestrator.control.consistency import required_pieces
 from orchestrator.control.events import (
     AgentJoined,
     AgentLost,
@@ -79,6 +80,10 @@ class Machine(Aftermath):
         number = self._attempt.number if self._attempt is not None else 0
         restarts = max(0, number - self.config.first_attempt)
         return MachineView(self.state, number, self._newest_step(), restarts, self._book.committed_step, self._why)
+
+    def hold_per_rank(self) -> None:
+        """The script tracks values that differ between ranks: from now on a state without every rank's is not whole."""
+        self._required = required_pieces(self.config.world_size, True)
 
     def _is_old(self, event: Event) -> bool:
         """The one place where what an older attempt says is dropped."""

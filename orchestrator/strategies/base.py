@@ -47,6 +47,10 @@ class Strategy(Protocol):
         """
         ...
 
+    def share_buffers(self) -> None:
+        """Give every rank rank 0's module buffers, as the next training forward would. Collective."""
+        ...
+
     def on_forward(self, callback: ForwardCallback, also: nn.Module | None = None) -> None:
         """Call `callback(module)` right after each training-mode forward of every wrapped module, present and future.
 

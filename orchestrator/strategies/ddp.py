@@ -213,6 +213,12 @@ class DdpStrategy:
         asked = {id(parameter) for parameter in parameters}
         return not any(id(own) in asked for wrapped in owing for own in wrapped._exchange.parameters)
 
+    def share_buffers(self) -> None:
+        """As in the Protocol."""
+        for wrapped in self._wrapped:
+            if wrapped.broadcast_buffers and any(True for _ in wrapped.module.buffers()):
+                wrapped._sync_buffers()
+
     def on_forward(self, callback: ForwardCallback, also: nn.Module | None = None) -> None:
         """As in the Protocol."""
         self._listeners.add(callback)

@@ -45,6 +45,9 @@ class NoneStrategy:
         """True: no gradient here is owed to another rank."""
         return True
 
+    def share_buffers(self) -> None:
+        """Every rank's buffers are its own."""
+
     def on_forward(self, callback: ForwardCallback, also: nn.Module | None = None) -> None:
         """Call `callback(module)` after each training-mode forward of a wrapped module, and of `also`."""
         self._listeners.add(callback)

@@ -7,14 +7,13 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.spec import SaveTrigger
 from orchestrator.worker.restore import Source
 
 
 def options(environ: Mapping[str, str]) -> dict[str, Any]:
     """The options of a run without a launcher, by the launcher's own variables."""
     from orchestrator.storage.layout import check_run_name, name_from_script
-    from orchestrator.text import parse_save_at, parse_save_every
+    from orchestrator.text import parse_steps, parse_triggers
 
     storage = environ.get("ORCHESTRATOR_STORAGE", "")
     every = environ.get("ORCHESTRATOR_SAVE_EVERY", "")
@@ -25,8 +24,8 @@ def options(environ: Mapping[str, str]) -> dict[str, Any]:
         "run_name": check_run_name(environ.get("ORCHESTRATOR_RUN_NAME") or name_from_script(sys.argv[0] or "run")),
         "seed": int(seed) if seed else None,
         "strategy": environ.get("ORCHESTRATOR_STRATEGY", "auto"),
-        "save_every": parse_save_every(every) if every else (SaveTrigger("auto", 0),),
-        "save_at": parse_save_at(at) if at else (),
+        "save_every": [[trigger.unit, trigger.every] for trigger in parse_triggers(every or "auto")],
+        "save_at": list(parse_steps(at)) if at else [],
         "step_rng": environ.get("ORCHESTRATOR_STEP_RNG", "1") not in ("0", "false"),
     }
 

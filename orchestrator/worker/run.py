@@ -125,11 +125,18 @@ class Run(Crossing):
         another model, naming what differs.
         """
         self._track(named, per_rank)
+        for value in named.values():
+            if isinstance(value, nn.Module) and hasattr(value, "_orig_mod"):
+                self._strategy.on_forward(self._after_forward, also=value)
 
     @property
     def last_microbatch(self) -> bool:
         """Whether the microbatch at hand is the last of its step: then gradients are exchanged, and the optimizer may step."""
         return self._item is None or self._item.last_micro
+
+    def share_buffers(self) -> None:
+        """Give every rank rank 0's module buffers (running statistics). Every rank must call it."""
+        self._strategy.share_buffers()
 
     # -- loops ----------------------------------------------------------------------------------------------------
 

@@ -86,6 +86,38 @@ class LaunchedSaver:
         pass
 
 
+class PlainSaver:
+    """Plain Python with ORCHESTRATOR_STORAGE: this process writes and commits by itself, at the boundary."""
+
+    in_flight = 0
+
+    def __init__(self, group: Group, options: dict[str, Any], tracked: RunState) -> None:
+        from orchestrator.worker.plain import PlainWriter
+
+        self._writer = PlainWriter(group, options, tracked)
+
+    def record(self, step: int, head: dict[str, Any]) -> None:
+        pass
+
+    def candidate(self, step: int) -> None:
+        pass
+
+    def snapshot(self, step: int, head: dict[str, Any]) -> float:
+        return 0.0
+
+    def stage(self, step: int, head: dict[str, Any], reason: str, name: str) -> float:
+        return self._writer.write(step, head, reason, name)
+
+    def stage_whole(self, step: int, head: dict[str, Any], reason: str, name: str) -> None:
+        self._writer.write(step, head, reason, name)
+
+    def write_whole(self, step: int) -> Segment:
+        raise AssertionError("nobody salvages a process outside the launcher")
+
+    def finish(self) -> None:
+        self._writer.close()
+
+
 class NoSaver:
     """Plain Python without ORCHESTRATOR_STORAGE: nothing is stored."""
 

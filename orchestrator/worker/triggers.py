@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from orchestrator.spec import SaveTrigger
 
@@ -22,8 +23,9 @@ class Triggers:
     at: frozenset[int]
 
     @classmethod
-    def of(cls, every: Sequence[SaveTrigger], at: Sequence[int]) -> Triggers:
-        return cls(tuple(every), frozenset(at))
+    def of(cls, every: Sequence[Sequence[Any]], at: Sequence[int]) -> Triggers:
+        """From JSON: pairs of unit and distance, and steps."""
+        return cls(tuple(SaveTrigger(unit, distance) for unit, distance in every), frozenset(at))
 
     def by_step(self, step: int, epoch: int, previous_epoch: int) -> bool:
         """Due at this resume point; the same on every rank, so nobody has to ask. Epochs count from 0."""

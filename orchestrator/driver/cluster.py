@@ -1,0 +1,155 @@
+"""The Ray cluster, seen from the driver: one that is started for this run, or one that is there; and agents on it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from orchestrator.agent.actor import AgentActor
+from orchestrator.agent.node import AgentSettings
+from orchestrator.driver.placing import NodeShare, ranks_that_fit
+from orchestrator.errors import OrchestratorError, UsageError
+
+POLL_S = 2.0
+Post = Callable[[str, dict[str, Any]], None]
+
+
+class AgentHandle:
+    """One agent: commands go out in order, its events come in by a thread of their own."""
+
+    def __init__(self, name: str, node: NodeShare, slots: int, actor: Any, group: Any, local: bool) -> None:
+        self.name, self.node, self.slots, self.actor, self.local = name, node, slots, actor, local
+        self._group = group
+        self._closed = False
+
+    def send(self, commands: list[dict[str, Any]]) -> None:
+        """Hand over commands; a dead agent is noticed by its poll."""
+        self.actor.commands.remote(commands)
+
+    def follow(self, post: Post) -> None:
+        """Deliver this agent's events to `post(name, event)` from now on, its loss included."""
+        threading.Thread(target=self._poll, args=(post,), name=f"poll-{self.name}", daemon=True).start()
+
+    def _poll(self, post: Post) -> None:
+        after = 0
+        while not self._closed:
+            try:
+                after, events = ray.get(self.actor.poll.remote(after, POLL_S), timeout=POLL_S + 30)
+            except (RayError, OSError, ValueError) as error:
+                if not self._closed:
+                    why = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+                    post(self.name, {"event": "AgentLost", "why": why, "at": time.monotonic()})
+                return
+            for event in events:
+                post(self.name, event)
+
+    def close(self) -> None:
+        """End the agent and give its resources back."""
+        self._closed = True
+        with contextlib.suppress(Exception):
+            self.send([{"op": "shutdown"}])
+        with contextlib.suppress(Exception):
+            ray.kill(self.actor, no_restart=True)
+        with contextlib.suppress(Exception):
+            remove_placement_group(self._group)
+
+
+@dataclass
+class Cluster:
+    """A connection to Ray. `embedded`: it was started for this run and ends with it."""
+
+    embedded: bool
+
+    def nodes(self, cpus_per_worker: float, gpus_per_worker: float) -> list[NodeShare]:
+        """Live nodes with room for workers of this size."""
+        available = ray._private.state.available_resources_per_node()
+        found = []
+        for node in ray.nodes():
+            if not node["Alive"]:
+                continue
+            free = available.get(node["NodeID"], {})
+            whole = node["Resources"]
+            size = (cpus_per_worker, gpus_per_worker)
+            capacity = ranks_that_fit(free.get("CPU", 0), free.get("GPU", 0), *size)
+            total = ranks_that_fit(whole.get("CPU", 0), whole.get("GPU", 0), *size)
+            if total:
+                found.append(NodeShare(node["NodeID"], node["NodeManagerAddress"], capacity, total))
+        return found
+
+    def gpus(self) -> int:
+        """GPUs of the whole cluster."""
+        return int(ray.cluster_resources().get("GPU", 0))
+
+    def close(self) -> None:
+        """Leave the cluster; an embedded one ends."""
+        with contextlib.suppress(Exception):
+            ray.shutdown()
+
+
+def connect(address: str, workers: int, cpus_per_worker: float, gpus_per_worker: float) -> Cluster:
+    """Start a cluster for this run (`local`) or join the one at `address`. Raises UsageError if there is none."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if address == "local":
+        cores = os.cpu_count() or 1
+        cpus = max(cores, int(workers * cpus_per_worker + 0.999) + 1)
+        os.environ.setdefault("RAY_enable_metrics_collection", "0")
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+        return Cluster(embedded=True)
+    if address.startswith("ray://"):
+        raise UsageError(
+            f"`--address {address}`: a Ray client cannot host a driver; run this command on a machine of the cluster with "
+            "`--address auto`, or submit it as a Ray job."
+        )
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"No Ray cluster answers at {address!r} ({str(error).splitlines()[0]}). Start one with `ray start --head`, or leave "
+            "`--address` out to start one for this run."
+        ) from error
+    return Cluster(embedded=False)
+
+
+def start_agent(
+    settings: AgentSettings, node: NodeShare, cpus_per_worker: float, gpus_per_worker: float, timeout_s: float
+) -> AgentHandle:
+    """Create the placement group and the actor on `node`. Raises OrchestratorError naming the node if it does not come."""
+    bundle = {"CPU": settings.slots * cpus_per_worker}
+    if gpus_per_worker:
+        bundle["GPU"] = settings.slots * gpus_per_worker
+    group = placement_group([bundle], strategy="STRICT_PACK", bundle_label_selector=[{"ray.io/node-id": node.node_id}])
+    if not group.wait(timeout_s):
+        remove_placement_group(group)
+        raise OrchestratorError(
+            f"Node {node.address} did not give {bundle} within {timeout_s:g} s: other jobs hold it. Wait for them, or lower "
+            "`--workers`; `ray status` shows who uses what."
+        )
+    values = asdict(settings)
+    values.pop("gpu_ids")
+    actor = AgentActor.options(
+        num_cpus=bundle["CPU"],
+        num_gpus=bundle.get("GPU", 0),
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group),
+        max_restarts=0,
+    ).remote(values)
+    local = node.address in ("127.0.0.1", ray.util.get_node_ip_address())
+    return AgentHandle(settings.name, node, settings.slots, actor, group, local)
+
+
+def host_name() -> str:
+    """This machine's name, for messages."""
+    return socket.gethostname()

@@ -1,0 +1,86 @@
+"""What the status line shows: folded from what workers report."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from orchestrator.control.state import MachineView
+from orchestrator.driver.console import ConsolePort
+
+_SMOOTHING = 0.3
+
+
+class ProgressBoard:
+    """The latest of every rank, rates, and what restarts have cost so far."""
+
+    def __init__(self, console: ConsolePort) -> None:
+        self._console = console
+        self._metrics: dict[int, dict[str, float]] = {}
+        self._main: dict[str, Any] = {}
+        self._seen: tuple[float, int] | None = None
+        self._rate: float | None = None
+        self._facts_told: set[str] = set()
+        self._changed = False
+        self.lost_s = 0.0
+        self.lost_steps = 0
+        self.tracked: list[str] = []
+
+    def metrics(self, message: dict[str, Any]) -> None:
+        """A rank's progress message."""
+        self._metrics[message["rank"]] = message["metrics"]
+        self._changed = True
+        if message["rank"] != 0:
+            return
+        now = time.monotonic()
+        if self._seen is not None and message["samples"] > self._seen[1]:
+            rate = (message["samples"] - self._seen[1]) / max(1e-9, now - self._seen[0])
+            self._rate = rate if self._rate is None else (1 - _SMOOTHING) * self._rate + _SMOOTHING * rate
+        self._seen = (now, message["samples"])
+        self._main = message
+
+    def facts(self, message: dict[str, Any]) -> None:
+        """What only the script knows: told once a loop."""
+        self.tracked = message.get("tracked", self.tracked)
+        if message["loop"] in self._facts_told:
+            return
+        self._facts_told.add(message["loop"])
+        facts = {"batch": message["global_batch"] or None, "seed": message["seed"]}
+        if len(self._facts_told) > 1:
+            facts = {f"batch of {message['loop']}": message["global_batch"] or None}
+        self._console.header({key: value for key, value in facts.items() if value is not None})
+
+    def recorded(self, event: str, fields: dict[str, Any]) -> None:
+        """Sum up what failures cost."""
+        if event == "recovered":
+            self.lost_s += float(fields["recovery_s"])
+            self.lost_steps += int(fields["lost_steps"])
+            self._seen = None
+
+    def latest(self) -> dict[str, float]:
+        """Metrics, mean over ranks."""
+        names = dict.fromkeys(name for metrics in self._metrics.values() for name in metrics)
+        means = {}
+        for name in names:
+            values = [metrics[name] for metrics in self._metrics.values() if name in metrics]
+            means[name] = sum(values) / len(values)
+        return means
+
+    def show(self, view: MachineView) -> None:
+        """Update the status line, if there is news."""
+        if not self._changed:
+            return
+        self._changed = False
+        total, index = self._main.get("total"), self._main.get("index", 0)
+        left = (total - index) * self._main.get("step_s", 0.0) if total else None
+        steps_total = view.step + (total - index) if total else None
+        self._console.progress(
+            max(view.step, self._main.get("step", 0)),
+            total=steps_total,
+            samples_per_s=self._rate,
+            metrics=self.latest(),
+            eta_s=left,
+            last_checkpoint_step=view.committed_step,
+            restarts=view.restarts,
+            lost_s=self.lost_s,
+        )
