@@ -1,4 +1,4 @@
-"""One schedule: the machine, the virtual cluster, a commit log and a clock; invariants are checked after every event."""
+"""One schedule: the machine, a virtual cluster, a commit log and a clock; invariants are checked after every event."""
 
 from __future__ import annotations
 
