@@ -25,6 +25,7 @@ class ProgressBoard:
         self.lost_s = 0.0
         self.lost_steps = 0
         self.tracked: list[str] = []
+        self._accumulate = 1
 
     def metrics(self, message: dict[str, Any]) -> None:
         """A rank's progress message."""
@@ -41,7 +42,8 @@ class ProgressBoard:
 
     def facts(self, message: dict[str, Any]) -> None:
         """What only the script knows: told once a loop."""
-        self.tracked = message.get("tracked", self.tracked)
+        self.tracked = message["tracked"]
+        self._accumulate = message["accumulate"]
         if message["loop"] in self._facts_told:
             return
         self._facts_told.add(message["loop"])
@@ -73,9 +75,10 @@ class ProgressBoard:
         self._changed = False
         total, index = self._main.get("total"), self._main.get("index", 0)
         left = (total - index) * self._main.get("step_s", 0.0) if total else None
-        steps_total = view.step + (total - index) if total else None
+        step = self._main.get("step", 0)
+        steps_total = step + (total - index) // self._accumulate if total else None
         self._console.progress(
-            max(view.step, self._main.get("step", 0)),
+            step,
             total=steps_total,
             samples_per_s=self._rate,
             metrics=self.latest(),

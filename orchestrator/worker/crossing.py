@@ -284,7 +284,9 @@ class Crossing:
         if loop is None:
             return
         loop.record.done = "break"
-        self._count()
+        counted = self._count()
+        if not counted and self.guard.resume_step >= 0:
+            self.saver.record(self.step, self.head())
         agreed = self.agreement.now({Wish.LEAVING: 1}, LEAVE_TIMEOUT_S)
         if agreed[Wish.STAYING]:
             raise UsageError(
@@ -468,8 +470,19 @@ class Crossing:
     def tell_facts(self, loop: TrainingLoop) -> None:
         """What only the script knows of the launch: the console prints it once."""
         if self.context is not None and self.group.rank == 0:
-            facts = {"op": "facts", "global_batch": loop.source.global_batch_text, "seed": self.seed, "step": self.step}
-            self.context.tell({**facts, "loop": loop.name, "total": loop.source.length, "strategy": self._strategy.name})
+            facts = {
+                "op": "facts",
+                "loop": loop.name,
+                "global_batch": loop.source.global_batch_text,
+                "accumulate": getattr(getattr(loop.source, "settings", None), "accumulate", 1),
+                "seed": self.seed,
+                "step": self.step,
+                "total": loop.source.length,
+                "strategy": self._strategy.name,
+                "tracked": self.tracked.names,
+                "per_rank": self.tracked.holds_per_rank or loop.source.length is None,
+            }
+            self.context.tell(facts)
 
     def notice(self, text: str) -> None:
         """Tell the user something once, from rank 0."""
@@ -484,6 +497,8 @@ class Crossing:
 
     def complete(self) -> None:
         """The script has ended normally: stage what is trained as `final`, and say so."""
+        if self._loop is not None:  # left by an exception that the script took as its way out
+            self.left_by_break()
         trained = self.step - self._first_step
         done_before = self.source is not None and self.source.reason == "final" and trained == 0
         if not self.tracked.is_empty and not done_before:

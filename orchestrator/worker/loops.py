@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import UsageError
@@ -73,6 +76,23 @@ class LoopBook:
         if self.outer_epoch >= 0 and record.outer != self.outer_epoch:
             record = self.records[key] = LoopRecord(outer=self.outer_epoch, index=record.index)
         return key, record
+
+
+def closed_by_break(frame: FrameType | None) -> bool:
+    """Whether a generator is being closed because its loop was left by `break` or `return`, not by an exception.
+
+    `frame` is the one that let go of the generator. CPython says the difference nowhere else: leaving a loop pops its
+    iterator by an instruction of its own, unwinding drops it while the failing instruction is the current one.
+    """
+    while frame is not None and 0 <= frame.f_lasti < len(frame.f_code.co_code):
+        name = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+        if name in ("POP_TOP", "POP_ITER", "END_FOR"):
+            return True
+        suspended = name in ("YIELD_VALUE", "RESUME", "SEND", "YIELD_FROM", "RESUME_CHECK")
+        if not (frame.f_code.co_flags & inspect.CO_GENERATOR and suspended):
+            return False
+        frame = frame.f_back  # a generator around ours (tqdm's, the user's own) is being closed: what closes it?
+    return False
 
 
 def _call_site() -> str:
@@ -168,8 +188,9 @@ class TrainingLoop:
             try:
                 yield item.batch
             except GeneratorExit:
-                self._advance(iterator, item)
-                run.left_by_break()
+                if closed_by_break(sys._getframe().f_back):
+                    self._advance(iterator, item)
+                    run.left_by_break()
                 raise
             self._advance(iterator, item)
             if not run.boundary(self, item):

@@ -20,6 +20,11 @@ class RunState(TrackedState):
     def is_empty(self) -> bool:
         return not self._items
 
+    @property
+    def holds_per_rank(self) -> bool:
+        """Whether some values differ between ranks."""
+        return bool(self._per_rank)
+
     def recorded(self) -> tuple[dict[str, Tree], dict[str, Tree]]:
         """What a step may change before its first optimizer step: (replicated, this rank's own) trees.
 
