@@ -47,7 +47,7 @@ class Aftermath(Core):
 
     def _offers_in(self, event: OffersIn, now: float) -> None:
         attempt = cast(Attempt, self._attempt)
-        if event.agent not in attempt.agents - attempt.lost:
+        if event.agent not in attempt.agents:
             return
         attempt.answers[event.agent] = event
         if self.state is State.DRAINING:

@@ -55,7 +55,7 @@ class Machine(Aftermath):
         self._event = event
         if self._gather_by is None and self._attempt is None:
             self._gather_by = now + self.config.start_timeout_s
-        if self._is_old(event):
+        if self._is_stale(event):
             return ()
         handler = _HANDLERS.get(type(event))
         if handler is None:
@@ -85,12 +85,18 @@ class Machine(Aftermath):
         """The script tracks values that differ between ranks: from now on a state without every rank's is not whole."""
         self._required = required_pieces(self.config.world_size, True)
 
-    def _is_old(self, event: Event) -> bool:
-        """The one place where what an older attempt says is dropped."""
-        attempt = getattr(event, "attempt", None)
-        if attempt is None or isinstance(event, _ANY_ATTEMPT):
+    def _is_stale(self, event: Event) -> bool:
+        """The one place where what an older attempt or the workers of a lost agent say is dropped."""
+        number = getattr(event, "attempt", None)
+        if number is None or isinstance(event, _ANY_ATTEMPT):
             return False
-        return self._attempt is None or attempt != self._attempt.number
+        attempt = self._attempt
+        if attempt is None or number != attempt.number:
+            return True
+        if not attempt.lost:
+            return False
+        agent = getattr(event, "agent", None) or attempt.home.get(getattr(event, "rank", -1))
+        return agent in attempt.lost
 
     def _state_deadline(self) -> float | None:
         if self.state is State.GATHERING:

@@ -326,11 +326,10 @@ class Schedule:
         self.check(group is None or group.killed, "Finish leaves a group alive")
         self.check(bool(action.why), "Finish without a reason")
         reliable = not self.plan.persist_fails and not self.plan.commit_fails
-        if reliable and self.floor and action.outcome != "completed" and "without saving" not in action.why:
-            if self.plan.exception_save or action.outcome == "stopped":
-                self.check(
-                    bool(self.log) and self.log[-1] >= self.floor, f"step {self.floor} was there, log {self.log}"
-                )
+        promised = self.plan.exception_save or action.outcome == "stopped"
+        given_up = action.outcome != "completed" and "without saving" not in action.why
+        if reliable and promised and given_up and self.floor:
+            self.check(bool(self.log) and self.log[-1] >= self.floor, f"step {self.floor} was there, log {self.log}")
         if action.outcome == "completed":
             self.check(action.exit_code == 0, "completed, but not with 0")
             self.check(bool(self.log) and self.log[-1] == self.plan.total_steps, f"completed, log {self.log}")

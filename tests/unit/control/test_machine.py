@@ -600,3 +600,17 @@ def test_36_a_damaged_checkpoint_lets_the_log_go_on_from_the_one_before() -> Non
     assert (started["resume_step"], started["resume_sources"]) == (6, ["storage"])
     [commit] = run.saved(7, "periodic")
     assert isinstance(commit, Commit) and commit.step == 7
+
+
+def test_37_what_a_lost_agent_still_has_to_say_makes_no_save_whole() -> None:
+    run = Driven(max_restarts=0)
+    run(AgentJoined(A, "node-a", 1))
+    run(AgentJoined(B, "node-b", 1))
+    run(GroupStarted(1, A, ((0, 10),)))
+    run(GroupStarted(1, B, ((1, 11),)))
+    run(SaveStaged(1, 0, 5, 2, "periodic"))
+    run(AgentLost(B, "the node is gone", run.now))
+    assert run(SaveStaged(1, 1, 5, 2, "periodic")) == ()
+    run(OffersIn(1, A, (live(5),), settled=True))
+    given_up = orders(run(Salvaged(1, A, 1, ok=True)))
+    assert given_up == [KillGroup(1), PersistChoice(1, picked(live(5), attempt=1), "exception")]
