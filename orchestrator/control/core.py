@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from orchestrator.control import records
@@ -187,11 +186,6 @@ class Core:
             self._persist(self._stop_reason(), self._attempt.number, now)
         source = self._sources.best(self._book.committed_step)
         self._end("stopped", self._stop_code(), source.step, f"{self._stop_why()} while no group was training", now)
-
-    def _hurry(self, now: float) -> None:
-        """Asked to stop while ending anyway: the same end, but within the time of grace."""
-        if self._ending is not None:
-            self._ending = replace(self._ending, deadline=min(self._ending.deadline, now + self.config.grace_s))
 
     def _ending_overdue(self, now: float) -> None:
         self._book.give_up("the run ended before it was committed")

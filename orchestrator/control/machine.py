@@ -274,9 +274,9 @@ class Machine(Aftermath):
             return
         self._stop = event
         self._grace_by = now + self.config.grace_s
-        if self.state is State.COMPLETING and self._ending is not None:
-            self._hurry(now)
-        elif not event.save:
+        if self.state is State.COMPLETING:
+            return  # it ends anyway, as soon as what is on its way is saved; a second Ctrl-C does not wait for that
+        if not event.save:
             self._kill()
             self._finish("stopped", self._stop_code(), self._newest_step(), f"{self._stop_why()}, without saving")
         elif self.state in WAITING or (self.state is State.STARTING and not cast(Attempt, self._attempt).trained):

@@ -45,6 +45,7 @@ class Plan:
     stop_at: float | None = None
     stop_kind: str = "platform"
     stop_saves: bool = True
+    grace_s: float = 25.0
     save_requests: list[float] = field(default_factory=list)
     driver_dies_at: float | None = None
 
@@ -110,6 +111,7 @@ def draw(seed: int) -> Plan:
         plan.stop_at = rng.uniform(0.0, 25.0)
         plan.stop_kind = rng.choice(("platform", "person", "request"))
         plan.stop_saves = rng.random() < 0.8
+        plan.grace_s = rng.choice((0.5, 2.0, 25.0))
     plan.save_requests = [rng.uniform(0.0, 25.0) for _ in range(rng.choice((0, 0, 1, 2)))]
     if rng.random() < 0.1:
         plan.driver_dies_at = rng.uniform(1.0, 25.0)

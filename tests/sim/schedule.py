@@ -58,6 +58,7 @@ class Schedule:
             max_restarts=plan.max_restarts,
             exception_save=plan.exception_save,
             seed=plan.seed,
+            grace_s=plan.grace_s,
             per_rank=plan.per_rank,
             committed_step=self.log[-1] if self.log else None,
             first_attempt=self.last_attempt + 1,
