@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -100,14 +100,13 @@ class Cluster:
 
 def connect(address: str, workers: int, cpus_per_worker: float, gpus_per_worker: float) -> Cluster:
     """Start a cluster for this run (`local`) or join the one at `address`. Raises UsageError if there is none."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address == "local":
         cores = os.cpu_count() or 1
         cpus = max(cores, int(workers * cpus_per_worker + 0.999) + 1)
-        os.environ.setdefault("RAY_enable_metrics_collection", "0")
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+        with _on_loopback():
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
         return Cluster(embedded=True)
     if address.startswith("ray://"):
         raise UsageError(
@@ -122,6 +121,18 @@ def connect(address: str, workers: int, cpus_per_worker: float, gpus_per_worker:
             "`--address` out to start one for this run."
         ) from error
     return Cluster(embedded=False)
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Ray turns 127.0.0.1 into an address that others can reach and listens on all interfaces; here nobody should."""
+    services = ray._private.services
+    original = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = original
 
 
 def start_agent(

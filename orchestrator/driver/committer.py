@@ -108,9 +108,12 @@ class Committer:
         names = {name for head in heads for name in head}
         metrics = {name: _mean([head[name] for head in heads if name in head]) for name in sorted(names)}
         strategy = next((str(shard["head"]["strategy"]) for shard in shards if shard["head"].get("strategy")), "")
+        config = next((dict(shard["head"].get("config") or {}) for shard in shards if shard["head"]), {})
+        if self._retention.keep_best is not None:
+            config["keep_best"] = list(self._retention.keep_best)
         return assemble(
             shards, run=self._run, reason=action.reason, created=time.time(), name=action.name, strategy=strategy,
-            versions=self._versions, metrics=metrics,
+            config=config, versions=self._versions, metrics=metrics,
         )  # fmt: skip
 
     def _retire(self) -> None:

@@ -1,102 +1,17 @@
-"""A launch from its specification to its exit code: storage, cluster, agents, loop, and the end of each."""
+"""The door of the driver: sets Ray's environment up, then imports Ray and runs the session."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
-import signal
-import sys
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from orchestrator.control.events import SaveRequested
-from orchestrator.control.machine import Machine
-from orchestrator.control.state import MachineConfig
-from orchestrator.driver.cluster import AgentHandle, Cluster, connect, start_agent
-from orchestrator.driver.committer import Committer
 from orchestrator.driver.console import ConsolePort
-from orchestrator.driver.journal import Journal
-from orchestrator.driver.placing import NodeShare, place
-from orchestrator.driver.preload import libraries_of
-from orchestrator.driver.shell import Shell
-from orchestrator.agent.node import AgentSettings
-from orchestrator.errors import EXIT_INTERRUPTED, EXIT_SECOND_CTRL_C, EXIT_STOPPED, OrchestratorError, UsageError
 from orchestrator.spec import RunSpec
-from orchestrator.storage import layout
-from orchestrator.storage.commitlog import CommitLog
-from orchestrator.storage.local import LocalStore
-from orchestrator.storage.lock import RunLock, live_driver
-from orchestrator.storage.prune import sweep
-from orchestrator.storage.runs import NameChoice, RunIdentity, choose_name, open_or_create, script_identity
-from orchestrator.storage.store import local_path
 
-
-class _Interrupted(BaseException):
-    """A signal arrived before there was a loop to hear it."""
-
-    def __init__(self, exit_code: int) -> None:
-        self.exit_code = exit_code
-
-
-@dataclass
-class Result:
-    """How a launch ended, for callers in this process (chaos)."""
-
-    exit_code: int
-    directory: Path
-    step: int
-    lost_s: float
-    lost_steps: int
-    restarts: int
-
-
-class Signals:
-    """Handlers of the driver: before the loop runs a signal unwinds, afterwards it becomes an event."""
-
-    def __init__(self) -> None:
-        self.shell: Shell | None = None
-        self._interrupts = 0
-        self._previous: dict[int, Any] = {}
-
-    def install(self) -> None:
-        """Take the signals; called again after Ray has put its own handlers in."""
-        handlers = {
-            signal.SIGINT: self._person,
-            signal.SIGTERM: self._platform,
-            signal.SIGHUP: self._platform,
-            signal.SIGUSR1: self._platform,
-            signal.SIGUSR2: self._save,
-        }
-        for number, handler in handlers.items():
-            previous = signal.signal(number, handler)
-            self._previous.setdefault(number, previous)
-
-    def restore(self) -> None:
-        """Give them back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _person(self, *_: object) -> None:
-        self._interrupts += 1
-        if self._interrupts > 1:
-            raise _Interrupted(EXIT_SECOND_CTRL_C)
-        if self.shell is None:
-            raise _Interrupted(EXIT_STOPPED)
-        self.shell.interrupt("person")
-
-    def _platform(self, *_: object) -> None:
-        if self.shell is None:
-            raise _Interrupted(EXIT_INTERRUPTED)
-        self.shell.interrupt("platform")
-
-    def _save(self, *_: object) -> None:
-        if self.shell is not None:
-            self.shell.post_event(SaveRequested())
+if TYPE_CHECKING:
+    from orchestrator.driver.session import Result
 
 
 def run(spec: RunSpec, console: ConsolePort) -> int:
@@ -106,261 +21,23 @@ def run(spec: RunSpec, console: ConsolePort) -> int:
 
 def run_to_result(spec: RunSpec, console: ConsolePort) -> Result:
     """As `run`, telling more of the end."""
-    if not sys.platform.startswith("linux"):
-        raise UsageError(f"`launch` needs Linux; on {sys.platform} plain `python {spec.script}` works.")
-    signals = Signals()
-    signals.install()
-    try:
-        with _opened(spec, console) as place_:
-            return _Launch(spec, console, place_, signals).run()
-    except _Interrupted as interrupted:
-        console.notice("interrupted before training began; nothing to save", "warning")
-        return Result(interrupted.exit_code, Path(), 0, 0.0, 0, 0)
-    finally:
-        signals.restore()
+    prepare_ray(spec.address)
+    from orchestrator.driver.session import run_to_result as serve
+
+    return serve(spec, console)
 
 
-@dataclass
-class Place:
-    """A run's place in storage, locked and taken over by this driver."""
-
-    name: str
-    directory: Path
-    choice: NameChoice
-    created: bool
-    lock: RunLock
-    store: LocalStore
-    log: CommitLog
-    journal: Journal
-    first_attempt: int
-
-
-def _refuse_live(directory: Path) -> None:
-    """A second launch of a live run is refused before anything is started."""
-    if directory.is_dir() and live_driver(directory) is not None:
-        with RunLock(directory):
-            pass
-
-
-@contextlib.contextmanager
-def _opened(spec: RunSpec, console: ConsolePort) -> Iterator[Place]:
-    choice = choose_name(spec.storage, spec.script, spec.args, module=spec.module, run_name=spec.run_name)
-    directory = Path(local_path(spec.storage)).resolve() / choice.name
-    _refuse_live(directory)
-    store = LocalStore(directory)
-    identity = RunIdentity(choice.name, script_identity(spec.script, spec.module), spec.args, spec.seed, time.time())
-    _, created = open_or_create(store, identity)
-    with RunLock(directory) as lock:
-        log = CommitLog(store)
-        log.take_over(secrets.token_hex(16))
-        journal = Journal(directory)
-        first = _first_attempt(directory, log)
-        try:
-            yield Place(choice.name, directory, choice, created, lock, store, log, journal, first)
-        finally:
-            journal.close()
-
-
-def _first_attempt(directory: Path, log: CommitLog) -> int:
-    """Above every attempt that earlier drivers used: paths are unique per attempt."""
-    used = [0]
-    used += [int(path.name[1:]) for path in (directory / layout.LOGS).glob("a[0-9]*") if path.name[1:].isdigit()]
-    for path in (directory / layout.CHECKPOINTS).glob("step-*"):
-        parsed = layout.parse_checkpoint_dir(f"{layout.CHECKPOINTS}/{path.name}")
-        used += [parsed[1]] if parsed else []
-    used += [record.attempt for record in log.checkpoints() if hasattr(record, "attempt")]
-    return max(used) + 1
-
-
-class _Launch:
-    """The parts of one launch that need each other."""
-
-    def __init__(self, spec: RunSpec, console: ConsolePort, place_: Place, signals: Signals) -> None:
-        self.spec, self.console, self.place, self.signals = spec, console, place_, signals
-        self.started = time.monotonic()
-        self.log_dir = Path(spec.log_dir).resolve() if spec.log_dir else place_.directory / layout.LOGS
-
-    def run(self) -> Result:
-        self._say_hello()
-        cluster = connect(self.spec.address, self.spec.workers, self.spec.cpus_per_worker, self.spec.gpus_per_worker)
-        self.signals.install()
-        try:
-            self._settle_auto(cluster)
-            shares = place(self._nodes(cluster), self.spec.workers)
-            return self._with_agents(cluster, shares)
-        except UsageError:
-            self._leave_nothing()
-            raise
-        finally:
-            cluster.close()
-
-    def _say_hello(self) -> None:
-        spec = self.spec
-        ranks = "as many as the cluster has GPUs" if spec.workers == 0 else str(spec.workers)
-        if spec.address == "local" and spec.workers * spec.cpus_per_worker > (os.cpu_count() or 1):
-            self.console.notice(f"{spec.workers} workers share {os.cpu_count()} cores; steps will be slow", "warning")
-        facts = {
-            "run": f"{self.place.name} ({self.place.choice.why})",
-            "storage": str(self.place.directory),
-            "ranks": ranks,
-            "where": "a Ray cluster started for this run" if spec.address == "local" else f"the Ray cluster at {spec.address}",
-            "logs": str(self.log_dir),
-            "command": spec.command or None,
-        }
-        self.console.header({key: value for key, value in facts.items() if value is not None})
-
-    def _settle_auto(self, cluster: Cluster) -> None:
-        if "workers" not in self.spec.auto:
-            return
-        gpus = cluster.gpus()
-        if gpus == 0:
-            raise UsageError(
-                "`--workers auto` means one per GPU, and this cluster has no GPU; say how many workers with `--workers N`."
-            )
-        self.spec = replace(self.spec, workers=gpus, gpus_per_worker=self.spec.gpus_per_worker or 1.0)
-        self.console.notice(f"{gpus} workers, one per GPU of the cluster")
-
-    def _nodes(self, cluster: Cluster) -> list[NodeShare]:
-        return cluster.nodes(self.spec.cpus_per_worker, self.spec.gpus_per_worker)
-
-    def _leave_nothing(self) -> None:
-        """Refused before anything started: a run's directory that was made for this launch goes again."""
-        if self.place.created:
-            import shutil
-
-            shutil.rmtree(self.place.directory, ignore_errors=True)
-
-    def _with_agents(self, cluster: Cluster, shares: list[tuple[NodeShare, int]]) -> Result:
-        agents: list[AgentHandle] = []
-        try:
-            for number, (node, slots) in enumerate(shares):
-                agents.append(self._agent(number, node, slots))
-            return self._serve(agents)
-        finally:
-            for agent in agents:
-                agent.close()
-
-    def _agent(self, number: int, node: NodeShare, slots: int) -> AgentHandle:
-        spec = self.spec
-        local = spec.address == "local"
-        script = spec.script if spec.module else os.path.abspath(spec.script)
-        preload = [*libraries_of(spec.script, spec.module, os.getcwd()), *spec.preload]
-        settings = AgentSettings(
-            name=f"agent-{number}",
-            host="127.0.0.1" if local else node.address,
-            slots=slots,
-            run_name=self.place.name,
-            run_uri=str(self.place.directory),
-            log_dir=str(self.log_dir),
-            script=script,
-            args=spec.args,
-            module=spec.module,
-            cwd=os.getcwd(),
-            options=self._worker_options(),
-            env=self._environment(),
-            preload=tuple(dict.fromkeys(preload)),
-            driver_pid=os.getpid() if local else 0,
-            drain_timeout_s=max(0.5, spec.drain_timeout_s - 0.5),
-        )
-        return start_agent(settings, node, spec.cpus_per_worker, spec.gpus_per_worker, spec.start_timeout_s)
-
-    def _worker_options(self) -> dict[str, Any]:
-        spec = self.spec
-        return {
-            "save_every": [[trigger.unit, trigger.every] for trigger in spec.save_every],
-            "save_at": list(spec.save_at),
-            "seed": spec.seed,
-            "strategy": spec.strategy,
-            "step_rng": spec.step_rng,
-            "max_restarts": spec.max_restarts,
-            "exception_save": spec.exception_save,
-        }
-
-    def _environment(self) -> tuple[tuple[str, str], ...]:
-        """The launching shell's Python path, then `--env`."""
-        env = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-        if "OMP_NUM_THREADS" in os.environ:
-            env["OMP_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
-        else:
-            env["OMP_NUM_THREADS"] = str(max(1, int(self.spec.cpus_per_worker)))
-        return tuple((env | dict(self.spec.env)).items())
-
-    def _serve(self, agents: list[AgentHandle]) -> Result:
-        spec, place_ = self.spec, self.place
-        log = place_.log
-        checkpoints = log.checkpoints()
-        config = MachineConfig(
-            world_size=spec.workers,
-            max_restarts=spec.max_restarts,
-            drain_timeout_s=spec.drain_timeout_s,
-            start_timeout_s=spec.start_timeout_s,
-            grace_s=spec.grace_s,
-            exception_save=spec.exception_save,
-            seed=spec.seed or 0,
-            committed_step=checkpoints[-1].step if checkpoints else None,
-            first_attempt=place_.first_attempt,
-        )
-        with contextlib.suppress(OrchestratorError):
-            sweep(log)
-        committer = Committer(log, place_.name, spec.retention, _versions(), lambda event, report: shell.committed(event, report))
-        token = secrets.token_hex(4)
-        shell = Shell(
-            Machine(config), agents, committer, place_.journal, self.console, place_.directory, token, spec.faults
-        )
-        committer.notice = lambda text: self.console.notice(text, "warning")
-        place_.journal.record("run_started", {"run": place_.name, "driver_pid": os.getpid(), "spec": _plain(spec)})
-        self.signals.shell = shell
-        try:
-            finish = shell.run()
-        finally:
-            self.signals.shell = None
-        for agent in agents:
-            agent.close()
-        committer.close(60.0)
-        shell.record_outcome()
-        self._say_goodbye(shell, finish.step)
-        view = shell.view()
-        return Result(finish.exit_code, place_.directory, finish.step, shell.board.lost_s, shell.board.lost_steps, view.restarts)
-
-    def _say_goodbye(self, shell: Shell, step: int) -> None:
-        finish, view = shell.finish, shell.view()
-        if finish is None:
-            return
-        last = self.place.log.checkpoints()
-        facts = {
-            "outcome": finish.outcome,
-            "exit_code": finish.exit_code,
-            "step": step,
-            "seconds": time.monotonic() - self.started,
-            "metrics": shell.board.latest(),
-            "restarts": view.restarts,
-            "lost_s": shell.board.lost_s,
-            "lost_steps": shell.board.lost_steps,
-            "checkpoint_step": last[-1].step if last else None,
-            "load": _shown(self.place.directory),
-            "tracked": shell.board.tracked,
-            "why": finish.why,
-            "logs": str(self.log_dir),
-            "command": self.spec.command or None,
-        }
-        self.console.summary({key: value for key, value in facts.items() if value is not None})
-
-
-def _shown(directory: Path) -> str:
-    """The run's address as one would type it here."""
-    relative = os.path.relpath(directory)
-    return str(directory) if relative.startswith("..") else relative
-
-
-def _plain(spec: RunSpec) -> dict[str, Any]:
-    values = asdict(spec)
-    values["env"] = [name for name, _ in spec.env]  # values may be secrets
-    return values
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in ("torch", "ray", "numpy", "training-orchestrator"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+def prepare_ray(address: str) -> None:
+    """Ray reads these when it is imported. An open Ray port runs anybody's code: a cluster of our own gets a token that
+    nobody else knows, and joining another one uses the token that lies in the user's home, as Ray's own tools do.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address == "local":
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ.setdefault("RAY_enable_metrics_collection", "0")
+    elif "RAY_AUTH_MODE" not in os.environ and (
+        "RAY_AUTH_TOKEN" in os.environ or (Path.home() / ".ray" / "auth_token").is_file()
+    ):
+        os.environ["RAY_AUTH_MODE"] = "token"

@@ -13,8 +13,10 @@ from tests.e2e.harness import Launcher, clean_env
 
 _CLUSTER = """
 import json, sys
+from orchestrator.driver.launch import prepare_ray
+prepare_ray("auto")
 import ray
-context = ray.init(address="local", num_cpus=16, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+context = ray.init(address="local", num_cpus=16, include_dashboard=False, log_to_driver=False)
 print(json.dumps(context.address_info["gcs_address"]), flush=True)
 sys.stdin.read()
 ray.shutdown()

@@ -171,11 +171,11 @@ def state(directory: Path, selector: str = "last") -> dict[str, Any]:
     """All tensors of a checkpoint by exported name, as numpy-comparable torch tensors."""
     from safetensors.torch import load_file
 
-    from orchestrator.storage.checkpoints import export
+    from orchestrator.storage.checkpoints import export, open_run
 
     target = directory.parent / f".export-{directory.name}-{selector}.safetensors"
     target.unlink(missing_ok=True)
-    export(f"{directory}@{selector}" if selector != "last" else str(directory), "safetensors", target)
+    export(open_run(str(directory)), selector, "safetensors", target)
     return load_file(target)
 
 
