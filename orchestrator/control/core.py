@@ -159,6 +159,8 @@ class Core:
         known = (step for step in (self._book.committed_step, self._book.newest_staged) if step is not None)
         if choice is None or choice.step <= max(known, default=-1):
             return
+        if self._book.knows(choice.step, attempt, reason):
+            reason = "exception"  # some ranks had staged shares of a save of that name, others had not
         self._order(PersistChoice(attempt, choice, reason))
         self._book.persist(choice, attempt, reason, now)
 

@@ -90,6 +90,11 @@ class SaveBook:
         """The oldest attempt whose memory a save on its way is written from, or None."""
         return min((key.attempt for key in self._open), default=None)
 
+    def knows(self, step: int, attempt: int, reason: str) -> bool:
+        """True if a save without a name was ever begun under this key, so that another one would be taken for it."""
+        key = SaveKey(step, attempt, reason, "")
+        return key in self._open or key in self._settled
+
     def deadline(self) -> float | None:
         """When the next save counts as lost unless a share of it arrives."""
         touched = (save.touched_at for save in self._open.values() if save is not self._in_flight)

@@ -614,3 +614,18 @@ def test_37_what_a_lost_agent_still_has_to_say_makes_no_save_whole() -> None:
     run(OffersIn(1, A, (live(5),), settled=True))
     given_up = orders(run(Salvaged(1, A, 1, ok=True)))
     assert given_up == [KillGroup(1), PersistChoice(1, picked(live(5), attempt=1), "exception")]
+
+
+def test_38_salvage_is_not_taken_for_the_stop_checkpoint_that_only_some_ranks_staged() -> None:
+    run = Driven().running()
+    run(StopRequested("person"), 10.0)
+    run(SaveStaged(1, 1, 7, 2, "stop"))
+    run(WorkerStopped(1, 1, 7))
+    run(Tick(), 35.0)
+    run(OffersIn(1, A, (live(7),), settled=True))
+    choice = picked(live(7), attempt=1)
+    assert orders(run(Salvaged(1, A, 1, ok=True))) == [KillGroup(1), PersistChoice(1, choice, "exception")]
+    assert run.machine.state is State.COMPLETING
+    assert run(shard(1, 7, 1, "stop")) == (), "the share of the other save"
+    [commit] = run(shard(1, 7, 0, "exception", shares=1))
+    assert isinstance(commit, Commit)
