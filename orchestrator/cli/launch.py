@@ -138,6 +138,8 @@ def prepare(ctx: click.Context, faults: tuple[str, ...] = (), reference: str | N
     preflight.check_platform()
     preflight.check_working_directory()
     preflight.check_program(program)
+    if spec.address == "local":
+        preflight.check_imports(program)
     preflight.check_storage(spec.storage)
     return Launch(spec, (*notes, *more, *_misplaced_notes(ctx, program)))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.machinery
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from orchestrator.cli.build import Program
@@ -112,6 +114,53 @@ def _find_module(name: str) -> importlib.machinery.ModuleSpec | None:
     finally:
         sys.path[:] = before
     return spec
+
+
+def check_imports(program: Program) -> None:
+    """Raises UsageError for a library that the script imports first thing and that is not installed here.
+
+    Only for workers on this machine; a script that changes `sys.path` finds out for itself.
+    """
+    path = Path(program.script) if not program.module else _module_file(program.script)
+    if path is None or path.suffix != ".py":
+        return
+    source = path.read_bytes()
+    if b"sys.path" in source:
+        return
+    before = list(sys.path)
+    sys.path.insert(0, str(path.parent.resolve() if not program.module else Path.cwd()))
+    try:
+        for line, name in _top_imports(ast.parse(source)):
+            if name not in sys.builtin_module_names and not _is_there(name):
+                raise UsageError(
+                    f"{path}:{line} imports {name}, which is not installed for {sys.executable}; install it, or run the "
+                    "orchestrator from the environment that has it. Nothing was started"
+                )
+    finally:
+        sys.path[:] = before
+
+
+def _module_file(name: str) -> Path | None:
+    spec = _find_module(name)
+    if spec is not None and spec.submodule_search_locations is not None:
+        spec = _find_module(f"{name}.__main__")
+    return Path(spec.origin) if spec is not None and spec.origin else None
+
+
+def _top_imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Imports that run in any case: not those under `if` or `try`."""
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.partition(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.lineno, node.module.partition(".")[0]
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return name in sys.modules or importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def check_storage(storage: str) -> None:

@@ -90,3 +90,11 @@ def test_bad_input_of_a_real_process(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: bad.py:1: SyntaxError: ")
     assert done.stderr.endswith(": `def f(:`; nothing was started\n")
     assert [path.name for path in tmp_path.iterdir()] == ["bad.py"]
+
+
+def test_a_missing_library_is_named_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("import json\nimport no_such_library.part\n")
+    done = orchestrator("launch", "--workers", "2", "train.py", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: train.py:2 imports no_such_library, which is not installed for ")
+    assert [path.name for path in tmp_path.iterdir()] == ["train.py"]
