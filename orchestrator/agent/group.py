@@ -250,10 +250,13 @@ class GroupHost:
         self._after_answer()
 
     def _after_answer(self) -> None:
-        """Tell the driver what this node holds, once every survivor has said what it holds."""
+        """Tell the driver what this node holds, once every survivor has said what it holds.
+
+        A worker whose socket is closed is dying: its exit status, which is the root cause, is a moment away.
+        """
         if not self._draining:
             return
-        waiting = [worker for worker in self._survivors() if worker.answer is None]
+        waiting = [worker for worker in self.workers.values() if not worker.exited and worker.answer is None]
         live = {w.rank: w.answer["step"] for w in self._survivors() if w.answer is not None and w.answer["clean"]}
         offers = self._node.holdings.offers(self.attempt, live)
         agent = self._node.settings.name
