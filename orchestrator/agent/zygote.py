@@ -35,13 +35,15 @@ WARM_MODULES = (
     "safetensors",
     "orchestrator.worker.warm",
 )
+# pandas brings pyarrow, whose allocator starts a thread of its own unless told not to.
+_NO_THREAD = {"JE_ARROW_MALLOC_CONF": "background_thread:false", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
 def environment(base: dict[str, str]) -> dict[str, str]:
     """The zygote's environment: one thread everywhere, no CUDA call on import."""
     clean = {name: value for name, value in base.items() if name not in ("PYTHONUNBUFFERED",)}
-    return clean | dict.fromkeys(_THREAD_VARIABLES, "1") | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    return clean | dict.fromkeys(_THREAD_VARIABLES, "1") | _NO_THREAD
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,17 +51,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     descriptor, *modules = list(sys.argv[1:] if argv is None else argv)
     sock = socket.socket(fileno=int(descriptor))
     sock.set_inheritable(False)
-    imported, failed = preload([*WARM_MODULES, *modules])
-    if not is_forkable() and modules:
-        restart_without(sock, modules)
+    imported, failed, culprit = preload([*WARM_MODULES, *modules])
+    if culprit in modules:
+        restart_without(sock, modules, culprit)
     gc.collect()
     gc.freeze()
     wire.send(sock, {"op": "ready", "modules": imported, "failed": failed})
     Zygote(sock).serve()
 
 
-def preload(modules: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Import what can be imported. Returns names and, for those that cannot, why."""
+def preload(modules: Sequence[str]) -> tuple[list[str], dict[str, str], str]:
+    """Import what can be imported. Returns names; for those that cannot, why; and the first that leaves us unforkable."""
     imported: list[str] = []
     failed: dict[str, str] = {}
     for name in modules:
@@ -70,7 +72,9 @@ def preload(modules: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             imported.append(name)
         except BaseException as error:  # a user's module may raise anything, SystemExit included
             failed[name] = f"{type(error).__name__}: {error}"
-    return imported, failed
+        if not is_forkable():
+            return imported, failed, name
+    return imported, failed, ""
 
 
 def is_forkable() -> bool:
@@ -84,10 +88,10 @@ def is_forkable() -> bool:
     return True
 
 
-def restart_without(sock: socket.socket, modules: Sequence[str]) -> None:
-    """Start over with half of the extra modules, so that the offending one is found; with none left, serve as we are."""
-    keep = list(modules)[: len(modules) // 2]
-    wire.send(sock, {"op": "dropped", "modules": [m for m in modules if m not in keep]})
+def restart_without(sock: socket.socket, modules: Sequence[str], culprit: str) -> None:
+    """Start over without the module that brought a thread or a device with it."""
+    keep = [name for name in modules if name != culprit]
+    wire.send(sock, {"op": "dropped", "modules": [culprit]})
     sock.set_inheritable(True)
     os.execv(sys.executable, [sys.executable, "-m", "orchestrator.agent.zygote", str(sock.fileno()), *keep])
 

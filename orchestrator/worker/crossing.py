@@ -26,6 +26,7 @@ from orchestrator.worker.tracked import RunState
 from orchestrator.worker.triggers import Triggers
 
 SNAPSHOT_BUDGET = 0.003  # share of the time that copies to memory may take
+SNAPSHOT_MOST = 0.01
 PROGRESS_EVERY_S = 0.5
 LEAVE_TIMEOUT_S = 60.0
 _SMOOTHING = 0.2
@@ -72,6 +73,7 @@ class Crossing:
         self._step_s = 0.0
         self._snapshot_stride = 1
         self._copy_s = 0.0
+        self._copies = 0
         self._epoch_before = self.epoch
         self._gradient_marks: dict[int, int] = {}
         self._strategy: Any = None
@@ -88,7 +90,7 @@ class Crossing:
         else:
             self._check_same_everywhere()
         if fresh:
-            self.tracked.watch(self._before_step, self.guard.post_step)
+            self.tracked.watch(self._before_step, self._after_step)
         if self.source is not None and fresh:
             self._mark_resume_point()
         elif self.guard.resume_step >= 0 and not self.guard.dirty:
@@ -146,14 +148,19 @@ class Crossing:
                 "optimizer.step() on gradients that were not exchanged between ranks: the body ran fewer forward passes than "
                 "`accumulate` says, or backward ran under `no_sync`."
             )
-        faults.at("optimizer", self.step)
+        faults.at("pre_step", self.step, optimizer)
         self.guard.pre_step(optimizer)
+        faults.at("mid_step", self.step, optimizer)
+
+    def _after_step(self, optimizer: Any) -> None:
+        self.guard.post_step(optimizer)
+        faults.at("post_step", self.step, optimizer)
 
     def _after_forward(self, module: torch.nn.Module) -> None:
         """Nobody can complete this step's reduction before rank 0's backward: now its buffers are the next step's."""
         if not torch.is_grad_enabled():
             return
-        faults.at("forward", self.step)
+        faults.at("forward", self.step, module)
         self._forwards += 1
         loop = self._loop
         if loop is not None and loop.accumulate_forwards > 1:
@@ -338,8 +345,7 @@ class Crossing:
             self._loop.record.done = "finish"
             self.saver.record(self.step, self.head())
         if agreed[Wish.STEP_US] > 0 and agreed[Wish.COPY_US] > 0:
-            stride = agreed[Wish.COPY_US] / (SNAPSHOT_BUDGET * agreed[Wish.STEP_US])
-            self._snapshot_stride = max(1, math.ceil(stride))
+            self._snapshot_stride = snapshot_stride(agreed[Wish.COPY_US] / 1e6, agreed[Wish.STEP_US] / 1e6)
 
     _busy = False
 
@@ -362,8 +368,15 @@ class Crossing:
         elif self._own_names and self.group.rank == 0:
             self._stage_named()
         elif self.step % self._snapshot_stride == 0:
-            self._copy_s = self.saver.snapshot(self.step, self.head())
-        faults.at("save", self.step)
+            self._copied(self.saver.snapshot(self.step, self.head()))
+
+    def _copied(self, stall_s: float) -> None:
+        """Learn what a copy costs: the first one also makes plans and takes memory, and a busy machine makes outliers."""
+        self._copies += 1
+        if self._copies <= 2 or self._copy_s == 0.0:
+            self._copy_s = stall_s
+        else:
+            self._copy_s = min(stall_s, 0.8 * self._copy_s + 0.2 * min(stall_s, 3 * self._copy_s))
 
     @property
     def _own_names(self) -> bool:
@@ -371,7 +384,7 @@ class Crossing:
 
     def _stage(self, reason: str) -> None:
         name = self._save_names.pop(0) if self._save_names and reason != "stop" else ""
-        self._copy_s = self.saver.stage(self.step, self.head(), reason, name)
+        self._copied(self.saver.stage(self.step, self.head(), reason, name))
         self._save_due = False
         self._last_save = time.monotonic()
 
@@ -508,6 +521,13 @@ class Crossing:
         if self.context is not None:
             why = self.finish_reason or ""
             self.context.tell({"op": "finished", "step": self.step, "trained": trained, "why": why, "again": done_before})
+
+
+def snapshot_stride(copy_s: float, step_s: float) -> int:
+    """Steps between copies to memory: within SNAPSHOT_BUDGET, or once a second if that takes no more than 1 %."""
+    cheap = math.ceil(copy_s / (SNAPSHOT_BUDGET * step_s))
+    dear = math.ceil(copy_s / (SNAPSHOT_MOST * step_s))
+    return max(1, dear, min(cheap, math.ceil(1.0 / step_s)))
 
 
 def _saver(context: WorkerContext | None, group: Group, options: dict[str, Any], tracked: RunState) -> Saver:

@@ -23,7 +23,7 @@ _POLL_S = 0.0003
 class Guard:
     """Follows one rank from resume point to resume point."""
 
-    def __init__(self, context: WorkerContext | None, versions: Callable[[], Any]) -> None:
+    def __init__(self, context: WorkerContext | None, versions: Callable[[bool], Any]) -> None:
         self._context = context
         self._versions_now = versions
         self._versions: Any = None
@@ -46,14 +46,14 @@ class Guard:
         """An optimizer has changed its parameters."""
         self.stepped.add(id(optimizer))
 
-    def has_written(self) -> bool:
-        """Whether any tracked tensor moved since the last resume point, announced or not."""
-        return bool(self.dirty or self._versions_now() != self._versions)
+    def has_written(self, deep: bool = False) -> bool:
+        """Whether any tracked tensor moved since the last resume point, announced or not. `deep`: or was replaced."""
+        return bool(self.dirty or self._versions_now(deep) != self._versions)
 
     def resume_point(self, step: int) -> None:
         """From here on the state is that of `step`, until something writes."""
         self.resume_step = step
-        self._versions = self._versions_now()
+        self._versions = self._versions_now(False)
         self.dirty = False
         if self._context is not None:
             self._context.beat.words[RESUME_STEP] = step
@@ -61,11 +61,11 @@ class Guard:
 
     def rebase(self) -> None:
         """More is tracked from now on; nothing was written since the last resume point."""
-        self._versions = self._versions_now()
+        self._versions = self._versions_now(False)
 
     def is_clean(self) -> bool:
         """Whether live tensors are, right now, those of `resume_step`."""
-        return self.resume_step >= 0 and not self.has_written()
+        return self.resume_step >= 0 and not self.has_written(deep=True)
 
     def settle(self, deadline: float) -> bool:
         """Wait (side thread, poison set) until this rank is clean (True), or never will be (False)."""

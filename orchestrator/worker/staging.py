@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from orchestrator.storage.segment import deal
+from orchestrator.worker import faults
 from orchestrator.worker.context import WorkerContext
 from orchestrator.worker.copying import CopyPlan, Named, slot_meta
 from orchestrator.worker.group import Group
@@ -55,7 +56,7 @@ class Stager:
         """Write rank 0's module buffers as those of `step`, if they are not there already."""
         if self._group.rank != 0:
             return
-        buffers = self._state.buffers()
+        buffers = self._state.live_buffers()
         if not buffers:
             return
         versions = sum(tensor._version for _, tensor in buffers)
@@ -94,7 +95,7 @@ class Stager:
         started = time.perf_counter()
         share = self._share()
         if self._plan is None or not self._plan.fits(share):
-            self._plan = CopyPlan(share)
+            self._plan = self._new_plan(share)
         meta = slot_meta(self._plan.table_json, head, **self._labels(step), **self._trees(), final=final)
         arena = self._arena_for(len(meta), self._plan.data_bytes)
         slot = arena.free_slot()
@@ -102,9 +103,17 @@ class Stager:
             return None
         arena.begin(slot)
         self._plan.copy(arena, slot)
+        faults.at("copying" if pin else "snapshot", step)
         arena.complete(slot, self._context.attempt, step, meta, self._plan.data_bytes, pin)
         stall_s = time.perf_counter() - started
         return {"slot": slot, "bytes": self._plan.data_bytes, "stall_ms": round(stall_s * 1e3, 3)}
+
+    def _new_plan(self, share: Named) -> CopyPlan:
+        """Tensors of the same names that are other objects: some optimizer makes its state anew, so look every time."""
+        plan = CopyPlan(share)
+        if self._plan is not None and self._plan.table == plan.table:
+            self._state.replaces_tensors = True
+        return plan
 
     def _trees(self) -> dict[str, Any]:
         """The structure of all tracked state: replicated, and under `own_trees` this rank's."""

@@ -138,6 +138,7 @@ class ModuleItem:
     def _refresh(self) -> None:
         self._slots, self._sizes = [], []
         self._version = self._names.version
+        self._has_extra = any(True for _ in _extra(self._module))
         for _, part in walk(self._module):
             for holder in (part._parameters, part._buffers):
                 self._slots += [(holder, key, value) for key, value in holder.items()]
@@ -175,7 +176,7 @@ class ModuleItem:
 
     def _extra_tree(self) -> tuple[dict[str, Any], Named]:
         trees, tensors = {}, []
-        for name, part in _extra(self._module):
+        for name, part in _extra(self._module) if self._has_extra else ():
             tree, found = flatten(part.get_extra_state(), f"{self.at}.{name}", tensor_kind, plain=plain_value)
             trees[name] = tree
             tensors += [(full, as_stored(value, full)) for full, value in found.items()]

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import operator
 import zlib
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
 
 from orchestrator.worker.state import TrackedState
-from orchestrator.worker.state_items import ObjectItem, Tree
+from orchestrator.worker.state_items import Named, ObjectItem, Tree
 from orchestrator.worker.state_optimizers import OptimizerItem
 
 
 class RunState(TrackedState):
     """`TrackedState` plus what a step boundary asks of it."""
+
+    def __init__(self, rank: int = 0) -> None:
+        super().__init__(rank)
+        self.replaces_tensors = False  # some optimizer makes its state anew at every step
+        self._versioned: list[torch.Tensor] = []
+        self._layout: tuple[int, ...] = ()
+        self._generation = 0
+        self._torch_optimizers: list[torch.optim.Optimizer] = []
+        self._held_objects: list[ObjectItem] = []
+        self._buffer_list: Named = []
+        self._buffer_slots: list[tuple[dict[str, Any], str, Any]] | None = None
+        self._hyper: dict[str, tuple[list[Any], list[Tree]]] = {}
+
+    def add(self, named: Mapping[str, Any], per_rank: Iterable[str] = ()) -> None:
+        super().add(named, per_rank)
+        self._torch_optimizers = [o for o in self.optimizers.values() if isinstance(o, torch.optim.Optimizer)]
+        self._buffer_slots = None
+        objects = [item for item in self._items.values() if isinstance(item, ObjectItem)]
+        self._held_objects = [item for item in objects if item.tensors()]
 
     @property
     def is_empty(self) -> bool:
@@ -33,19 +54,46 @@ class RunState(TrackedState):
         trees: dict[str, Tree] = dict(self.small())
         for name, item in self._items.items():
             if isinstance(item, OptimizerItem):
-                groups = item._value.param_groups
-                trees[name] = {"$hyper": [item._hyper_tree(index, group)[0] for index, group in enumerate(groups)]}
+                trees[name] = {"$hyper": self._hyper_trees(name, item)}
         return self.split(trees)
 
-    def mutable_versions(self) -> tuple[int, int]:
-        """As the base, with the tensors of tracked objects (an EMA's shadow). Their identity says nothing: a
-        `state_dict` may make them anew at each call.
+    def _hyper_trees(self, name: str, item: OptimizerItem) -> list[Tree]:
+        """The groups' hyperparameters; flattened again only if one of them is another object than last time."""
+        groups = item._value.param_groups
+        values = [value for group in groups for key, value in group.items() if key != "params"]
+        known = self._hyper.get(name)
+        if known is None or len(known[0]) != len(values) or not all(map(operator.is_, known[0], values)):
+            trees = [item._hyper_tree(index, group)[0] for index, group in enumerate(groups)]
+            self._hyper[name] = known = (values, trees)
+        return known[1]
+
+    def mutable_versions(self, deep: bool = False) -> tuple[int, int]:
+        """Changes whenever a parameter, optimizer state or tracked tensor was written or replaced; an EMA's shadow too.
+
+        Every boundary asks, so the list of tensors is kept between calls, as long as no optimizer has grown. `deep` (once
+        a failure) looks whether the tensors still are the very ones.
         """
-        total, tokens = super().mutable_versions()
-        for item in self._items.values():
-            if isinstance(item, ObjectItem):
-                total += sum(tensor._version for _, tensor in item.tensors())
-        return total, tokens
+        layout = (len(self._items), self._names.version, *(len(o.state) for o in self._torch_optimizers))
+        if deep or self.replaces_tensors or layout != self._layout:
+            fresh = [tensor for item in self._items.values() if not item.small for _, tensor in item.tensors()]
+            same = len(fresh) == len(self._versioned) and all(map(operator.is_, fresh, self._versioned))
+            if not same:
+                self._generation += 1
+                self._versioned = fresh
+            self._layout = layout
+        total = sum([tensor._version for tensor in self._versioned])
+        for item in self._held_objects:
+            total += sum([tensor._version for _, tensor in item.tensors()])
+        return total, self._generation
+
+    def live_buffers(self) -> Named:
+        """`buffers()`, asked at every boundary and forward pass: looked for anew only where one was replaced."""
+        if self._buffer_slots is None or not all(holder.get(key) is value for holder, key, value in self._buffer_slots):
+            self._buffer_list = self.buffers()
+            ids = {id(tensor) for _, tensor in self._buffer_list}
+            holders = [part._buffers for module in self.modules.values() for part in module.modules()]
+            self._buffer_slots = [(h, key, value) for h in holders for key, value in h.items() if id(value) in ids]
+        return self._buffer_list
 
     def carries_gradients(self, stepped: AbstractSet[int], before: dict[int, int]) -> bool:
         """Whether an optimizer that did not step in this iteration accumulated gradients in it: then the boundary is no
