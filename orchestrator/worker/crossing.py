@@ -465,13 +465,12 @@ class Crossing:
             return
         self._last_progress = now
         loop = self._loop
-        length = loop.source.length if loop is not None else None
-        cursor = (loop.record.cursor or {}) if loop is not None else {}
+        index, length = self._place_in_loop(loop)
         context.tell(
             {
                 "op": "progress",
                 "step": self.step,
-                "index": cursor.get("index", 0),
+                "index": index,
                 "total": length,
                 "samples": self.samples,
                 "epoch": self.epoch,
@@ -479,6 +478,16 @@ class Crossing:
                 "metrics": self.metrics.latest(),
             }
         )
+
+    def _place_in_loop(self, loop: TrainingLoop | None) -> tuple[int, int | None]:
+        """Batches done and batches in all; over all epochs where `run.epochs` is around the loop."""
+        if loop is None:
+            return 0, None
+        index: int = (loop.record.cursor or {}).get("index", 0)
+        length = loop.source.length
+        if length is None or loop.record.outer < 0:
+            return index, length
+        return loop.record.outer * length + index, length * self.book.outer_total
 
     def tell_facts(self, loop: TrainingLoop) -> None:
         """What only the script knows of the launch: the console prints it once."""
@@ -518,6 +527,8 @@ class Crossing:
             self.agreement.now({})  # all ranks are here: from now on nobody changes anything
             self.saver.stage(self.step, self.head(), "final", "")
         self.saver.finish()
+        if not self._stepped_told:
+            self._tell_first_step()  # a group that had nothing left to train has recovered too
         if self.context is not None:
             why = self.finish_reason or ""
             self.context.tell({"op": "finished", "step": self.step, "trained": trained, "why": why, "again": done_before})

@@ -46,6 +46,7 @@ class LoopBook:
     opened: set[str] = field(default_factory=set)
     running: str = ""
     outer_epoch: int = -1
+    outer_total: int = 1
 
     @classmethod
     def restore(cls, head: dict[str, Any], readers: dict[str, Any]) -> LoopBook:

@@ -205,6 +205,7 @@ class Run(Crossing):
         while record.index < total and record.done in ("", "end"):
             epoch = record.index
             self.epoch = self.book.outer_epoch = epoch
+            self.book.outer_total = total
             before = set(self.book.opened)
             try:
                 yield epoch
