@@ -11,6 +11,7 @@ from orchestrator.driver.console import ConsolePort
 from orchestrator.spec import RunSpec
 
 if TYPE_CHECKING:
+    from orchestrator.driver.cluster import Cluster
     from orchestrator.driver.session import Result
 
 
@@ -19,12 +20,21 @@ def run(spec: RunSpec, console: ConsolePort) -> int:
     return run_to_result(spec, console).exit_code
 
 
-def run_to_result(spec: RunSpec, console: ConsolePort) -> Result:
-    """As `run`, telling more of the end."""
-    prepare_ray(spec.address)
+def run_to_result(spec: RunSpec, console: ConsolePort, cluster: Cluster | None = None) -> Result:
+    """As `run`, telling more of the end. An open `cluster` (see `open_cluster`) is used and left open."""
+    if cluster is None:
+        prepare_ray(spec.address)
     from orchestrator.driver.session import run_to_result as serve
 
-    return serve(spec, console)
+    return serve(spec, console, cluster)
+
+
+def open_cluster(spec: RunSpec) -> Cluster:
+    """One cluster for several launches of this process; the caller closes it. Raises UsageError if there is none."""
+    prepare_ray(spec.address)
+    from orchestrator.driver.session import open_cluster as serve
+
+    return serve(spec)
 
 
 def prepare_ray(address: str) -> None:

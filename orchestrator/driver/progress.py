@@ -40,6 +40,11 @@ class ProgressBoard:
         self._seen = (now, message["samples"])
         self._main = message
 
+    @property
+    def step_s(self) -> float:
+        """Time of a step, smoothed, as rank 0 last measured it; 0 if it never said."""
+        return float(self._main.get("step_s", 0.0))
+
     def facts(self, message: dict[str, Any]) -> None:
         """What only the script knows: told once a loop."""
         self.tracked = message["tracked"]

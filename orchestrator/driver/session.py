@@ -53,6 +53,7 @@ class Result:
     lost_s: float
     lost_steps: int
     restarts: int
+    step_s: float = 0.0  # time of a step, as rank 0 last measured it
 
 
 class Signals:
@@ -99,20 +100,25 @@ class Signals:
             self.shell.post_event(SaveRequested())
 
 
-def run_to_result(spec: RunSpec, console: ConsolePort) -> Result:
-    """As `run`, telling more of the end."""
+def run_to_result(spec: RunSpec, console: ConsolePort, cluster: Cluster | None = None) -> Result:
+    """As `run`, telling more of the end. An open `cluster` is used and left open."""
     if not sys.platform.startswith("linux"):
         raise UsageError(f"`launch` needs Linux; on {sys.platform} plain `python {spec.script}` works.")
     signals = Signals()
     signals.install()
     try:
         with _opened(spec, console) as place_:
-            return _Launch(spec, console, place_, signals).run()
+            return _Launch(spec, console, place_, signals).run(cluster)
     except _Interrupted as interrupted:
         console.notice("interrupted before training began; nothing to save", "warning")
         return Result(interrupted.exit_code, Path(), 0, 0.0, 0, 0)
     finally:
         signals.restore()
+
+
+def open_cluster(spec: RunSpec) -> Cluster:
+    """The cluster that `spec` names, for one or more launches. Raises UsageError if there is none."""
+    return connect(spec.address, spec.workers, spec.cpus_per_worker, spec.gpus_per_worker)
 
 
 @dataclass
@@ -175,9 +181,9 @@ class _Launch:
         self.started = time.monotonic()
         self.log_dir = Path(spec.log_dir).resolve() if spec.log_dir else place_.directory / layout.LOGS
 
-    def run(self) -> Result:
+    def run(self, shared: Cluster | None) -> Result:
         self._say_hello()
-        cluster = connect(self.spec.address, self.spec.workers, self.spec.cpus_per_worker, self.spec.gpus_per_worker)
+        cluster = shared if shared is not None else open_cluster(self.spec)
         self.signals.install()
         try:
             self._settle_auto(cluster)
@@ -187,7 +193,8 @@ class _Launch:
             self._leave_nothing()
             raise
         finally:
-            cluster.close()
+            if shared is None:
+                cluster.close()
 
     def _say_hello(self) -> None:
         spec = self.spec
@@ -315,7 +322,10 @@ class _Launch:
         shell.record_outcome()
         self._say_goodbye(shell, finish.step)
         view = shell.view()
-        return Result(finish.exit_code, place_.directory, finish.step, shell.board.lost_s, shell.board.lost_steps, view.restarts)
+        board = shell.board
+        return Result(
+            finish.exit_code, place_.directory, finish.step, board.lost_s, board.lost_steps, view.restarts, board.step_s
+        )
 
     def _say_goodbye(self, shell: Shell, step: int) -> None:
         finish, view = shell.finish, shell.view()

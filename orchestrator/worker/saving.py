@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from orchestrator.worker import faults
 from orchestrator.worker.context import WorkerContext
 from orchestrator.worker.group import Group
 from orchestrator.worker.shm import Segment
@@ -72,6 +73,7 @@ class LaunchedSaver:
         if done is None:
             raise AssertionError("two saves in flight leave no slot; staging waits for the first one by agreement")
         self._context.tell({"op": "staged", "step": step, "reason": reason, "name": name, "shares": self._group.world_size, **done})
+        faults.at("staged", step)
         return float(done["stall_ms"]) / 1e3
 
     def stage_whole(self, step: int, head: dict[str, Any], reason: str, name: str) -> None:
