@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import gc
 import os
@@ -34,6 +35,7 @@ def child_main(sock_fd: int) -> None:
     """Serve as a spare until the agent says what to be: a worker or the host of an attempt's store."""
     die_with_parent()
     os.setsid()
+    _be_first_to_go()
     os.closerange(3, sock_fd)
     os.closerange(sock_fd + 1, 4096)
     sock = socket.socket(fileno=sock_fd)
@@ -48,6 +50,12 @@ def child_main(sock_fd: int) -> None:
         _serve_store(sock, descriptors[0], message)
     else:
         os._exit(_work(sock, message, descriptors))
+
+
+def _be_first_to_go() -> None:
+    """When memory runs out the kernel should take a worker, which can be replaced, not the agent."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+        file.write("1000")
 
 
 def _serve_store(sock: socket.socket, listen_fd: int, message: dict[str, Any]) -> None:
@@ -126,9 +134,9 @@ def run_program(ours: WorkerContext, spec: dict[str, Any]) -> int:
         try:
             _complete(ours)
         except BaseException as error:
-            _failed(ours, error, "exception")
+            _failed(ours, error, report.cause_of(error))
     except BaseException as error:
-        _failed(ours, error, "exception")
+        _failed(ours, error, report.cause_of(error))
     threading._shutdown()  # type: ignore[attr-defined]  # what a plain interpreter does first: join the user's threads
     atexit._run_exitfuncs()
     sys.stdout.flush()

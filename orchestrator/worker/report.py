@@ -51,6 +51,12 @@ def is_lost_peer(error: BaseException) -> bool:
     )
 
 
+def cause_of(error: BaseException) -> str:
+    """CONTRACT's cause of an uncaught exception: lack of memory is no fault of the program's line that met it."""
+    short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return "oom" if short or "can't allocate memory" in str(error) else "exception"
+
+
 def describe(error: BaseException, log_path: str = "") -> dict[str, Any]:
     """The fields of `control.events.ErrorInfo` for this exception, our own and runpy's outer frames left out."""
     trace = user_part(error.__traceback__)
