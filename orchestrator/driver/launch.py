@@ -47,6 +47,8 @@ def prepare_ray(address: str) -> None:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         os.environ.setdefault("RAY_enable_metrics_collection", "0")
+        # Ray would end the agent, and with it every rank; the kernel takes the worker that eats the memory.
+        os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     elif "RAY_AUTH_MODE" not in os.environ and (
         "RAY_AUTH_TOKEN" in os.environ or (Path.home() / ".ray" / "auth_token").is_file()
     ):
