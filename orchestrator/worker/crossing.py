@@ -86,7 +86,7 @@ class Crossing:
         if self.context is not None:
             self.context.mark("build")
         if self.source is not None:
-            self._restore(list(named))
+            self._restore(list(named), fresh)
         else:
             self._check_same_everywhere()
         if fresh:
@@ -98,14 +98,24 @@ class Crossing:
         if self.context is not None:
             self.context.mark("restore")
 
-    def _restore(self, names: list[str]) -> None:
+    def _restore(self, names: list[str], first: bool) -> None:
         source = self.source
         if source is None:
             raise AssertionError("nothing to restore from")
         trees = dict(source.head.get("tracked", {}))
         trees.update(source.head.get("per_rank", {}).get(str(self.group.rank), {}).get("tracked", {}))
         known = [name for name in names if name in trees]
-        for notice in self.tracked.load(trees, source.fetch, known):
+        strangers = [name for name in names if name not in trees]
+        if first and strangers and trees:  # what a later phase tracks may well be new
+            raise UsageError(
+                f"The checkpoint of step {self.step} holds {', '.join(trees)}, but not {', '.join(strangers)}: it would "
+                "start anew in the middle of the run. Track it by its old name, or start a new run with `--run-name`."
+            )
+        try:
+            notices = self.tracked.load(trees, source.fetch, known)
+        except ConfigRefusedError as error:
+            raise UsageError(str(error)) from None
+        for notice in notices:
             self.notice(notice)
 
     def _check_same_everywhere(self) -> None:
@@ -182,20 +192,20 @@ class Crossing:
         config = loop.source.config()
         if config.get("kind") != "steps":
             self._config[loop.name] = config
-        self._refuse_untracked()
         self.tell_facts(loop)
         if self.guard.resume_step < 0:
             self._mark_resume_point()
         self.agreement.every_step = loop.source.length is None and self.group.world_size > 1
 
     def _refuse_untracked(self) -> None:
+        """Before the first step that is trained here: state that nobody tracks would be missing from later checkpoints."""
         if self.source is None or self.step > self._first_step:
             return
-        stored = set(self.source.head.get("tracked", {})) - set(self.tracked.names)
-        if stored:
-            self.notice(
-                f"The checkpoint holds {', '.join(sorted(stored))}, which the script has not tracked so far; it will be missing "
-                "from later checkpoints unless it is tracked."
+        lost = sorted(set(self.source.head.get("tracked", {})) - set(self.tracked.names))
+        if lost:
+            raise UsageError(
+                f"The checkpoint of step {self.step} holds {', '.join(lost)}, which the script does not track: later "
+                "checkpoints would lack it. Track it before the loop, or start a new run with `--run-name`."
             )
 
     def loop_ends(self, loop: TrainingLoop) -> None:
@@ -526,7 +536,7 @@ class Crossing:
         if not self.tracked.is_empty and not done_before:
             self.agreement.now({})  # all ranks are here: from now on nobody changes anything
             self.saver.stage(self.step, self.head(), "final", "")
-        self.saver.finish()
+        self.saver.finish(self.step, self.finish_reason)
         if not self._stepped_told:
             self._tell_first_step()  # a group that had nothing left to train has recovered too
         if self.context is not None:

@@ -20,11 +20,13 @@ from orchestrator.worker.group import Group, join
 from orchestrator.worker.loops import LoopBook, LoopRecord, StepsSource, TrainingLoop
 from orchestrator.worker.metrics import Metrics
 from orchestrator.worker.restore import Source, open_source
+from orchestrator.worker.saving import PlainSaver
 from orchestrator.worker.validation import Validation
 
 ACTIVE: Run | None = None
 
-_UNSEEDED = torch.default_generator.initial_seed()
+_UNSEEDED = torch.default_generator.initial_seed()  # known only where this is imported before the script runs
+_SCRIPT_SEEDS = 1 << 32  # torch itself starts from 64 random bits, people from a number they can type
 
 
 def init() -> Run:
@@ -36,6 +38,10 @@ def init() -> Run:
     global ACTIVE
     if ACTIVE is None:
         ACTIVE = Run()
+        if isinstance(ACTIVE.saver, PlainSaver):
+            from orchestrator.worker.plain_end import ScriptEnd
+
+            ScriptEnd(ACTIVE, ACTIVE.saver).install()
     return ACTIVE
 
 
@@ -47,8 +53,7 @@ class Run(Crossing):
         group = join()
         if context is not None:
             context.mark("connect")
-        options = context.options if context is not None else _plain_options()
-        source = open_source(context.resume, context.segments) if context is not None else _plain_source(options)
+        options, source = _launched(context) if context is not None else _plain(group)
         super().__init__(context, group, options, source)
         self.seed = self._settle_seed(options.get("seed"))
         rng.seed_all(rng.derive(self.seed, "init"))
@@ -87,7 +92,7 @@ class Run(Crossing):
     @property
     def name(self) -> str:
         """The run's name."""
-        return self.context.run_name if self.context is not None else str(self.options.get("run_name", ""))
+        return self.context.run_name if self.context is not None else str(self.options["run_name"])
 
     @property
     def is_main(self) -> bool:
@@ -103,8 +108,7 @@ class Run(Crossing):
                     "or start anew with `--run-name`."
                 )
             return kept
-        set_by_script = torch.initial_seed() if torch.initial_seed() != _UNSEEDED else 0
-        own = asked if asked is not None else set_by_script
+        own = asked if asked is not None else _seed_of_script()
         return int(self.group.share("seed", str(own)))
 
     # -- what is trained ------------------------------------------------------------------------------------------
@@ -239,17 +243,26 @@ class Run(Crossing):
         self.finish_reason = reason or "run.finish() was called"
 
 
-def _plain_options() -> dict[str, Any]:
+def _launched(context: WorkerContext) -> tuple[dict[str, Any], Source | None]:
+    return context.options, open_source(context.resume, context.segments)
+
+
+def _plain(group: Group) -> tuple[dict[str, Any], Source | None]:
     """Outside the launcher: environment variables only, and nothing is stored unless ORCHESTRATOR_STORAGE is set."""
     from orchestrator.worker import plain
 
-    return plain.options(os.environ)
+    settings = plain.options(os.environ)
+    if not settings["storage"]:
+        return settings, None
+    place = plain.Place.open(settings, group)
+    return {**settings, "place": place, "run_name": place.name}, place.source
 
 
-def _plain_source(options: dict[str, Any]) -> Source | None:
-    from orchestrator.worker import plain
-
-    return plain.open_source(options)
+def _seed_of_script() -> int:
+    """The seed that the script gave torch, 0 if it gave none."""
+    seed = torch.initial_seed()
+    unset = seed == _UNSEEDED and seed >= _SCRIPT_SEEDS
+    return 0 if unset else seed
 
 
 def active_context() -> WorkerContext | None:

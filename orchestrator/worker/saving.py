@@ -41,8 +41,8 @@ class Saver(Protocol):
         """Everything this rank holds of resume point `step`, in a segment (side thread, main thread parked or blocked)."""
         ...
 
-    def finish(self) -> None:
-        """Wait for what this process itself writes."""
+    def finish(self, step: int, why: str) -> None:
+        """The script has ended normally at `step`; all is staged. What this process itself writes is closed."""
         ...
 
 
@@ -84,7 +84,7 @@ class LaunchedSaver:
     def write_whole(self, step: int) -> Segment:
         return self._stager.write_whole(step, self._stager.head_at(step) or {}, with_buffers=False)
 
-    def finish(self) -> None:
+    def finish(self, step: int, why: str) -> None:
         pass
 
 
@@ -94,12 +94,12 @@ class PlainSaver:
     in_flight = 0
 
     def __init__(self, group: Group, options: dict[str, Any], tracked: RunState) -> None:
-        from orchestrator.worker.plain import PlainWriter
+        from orchestrator.worker.plain_writer import PlainWriter
 
         self._writer = PlainWriter(group, options, tracked)
 
     def record(self, step: int, head: dict[str, Any]) -> None:
-        pass
+        self._writer.record(step, head)
 
     def candidate(self, step: int) -> None:
         pass
@@ -111,13 +111,21 @@ class PlainSaver:
         return self._writer.write(step, head, reason, name)
 
     def stage_whole(self, step: int, head: dict[str, Any], reason: str, name: str) -> None:
-        self._writer.write(step, head, reason, name)
+        self._writer.write_alone(step, head, reason, name)
 
     def write_whole(self, step: int) -> Segment:
         raise AssertionError("nobody salvages a process outside the launcher")
 
-    def finish(self) -> None:
-        self._writer.close()
+    def finish(self, step: int, why: str) -> None:
+        self._writer.close(step, why)
+
+    def keep_recorded(self, reason: str) -> bool:
+        """After an exception: commit the last resume point, whose tensors are still there. False: no need."""
+        return self._writer.write_recorded(reason)
+
+    def abandon(self) -> None:
+        """Let go of the run, which stays unfinished."""
+        self._writer.abandon()
 
 
 class NoSaver:
@@ -143,5 +151,5 @@ class NoSaver:
     def write_whole(self, step: int) -> Segment:
         raise AssertionError("nobody salvages a process outside the launcher")
 
-    def finish(self) -> None:
+    def finish(self, step: int, why: str) -> None:
         pass
