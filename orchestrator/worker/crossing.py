@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.errors import UsageError
+from orchestrator.errors import ConfigRefusedError, UsageError
 from orchestrator.worker import faults, rng
 from orchestrator.worker.agreement import Agreed, Agreement, Wish
 from orchestrator.worker.context import WorkerContext, park
@@ -20,8 +20,19 @@ from orchestrator.worker.guard import Guard
 from orchestrator.worker.loops import LoopBook, TrainingLoop
 from orchestrator.worker.metrics import Metrics
 from orchestrator.worker.restore import Source
+from orchestrator.worker.reruns import Reruns
 from orchestrator.worker.saving import LaunchedSaver, NoSaver, PlainSaver, Saver
-from orchestrator.worker.shm import BEAT_NS, ORDER_SAVE, ORDER_STOP, PHASE, STEPS_DONE, Segment
+from orchestrator.worker.shm import (
+    BEAT_NS,
+    ORDER_SAVE,
+    ORDER_STOP,
+    PHASE,
+    STEPS_DONE,
+    STOP_NOW,
+    STOP_PREEMPTED,
+    STOP_SAVE,
+    Segment,
+)
 from orchestrator.worker.tracked import RunState
 from orchestrator.worker.triggers import Triggers
 
@@ -53,6 +64,8 @@ class Crossing:
         self._first_step = self.step
         self.tracked = RunState(group.rank)
         self.guard = Guard(context, self.tracked.mutable_versions)
+        self.reruns = Reruns(self.tracked, self.state)
+        self._user_at_start = json.dumps(self.state)
         self.agreement = Agreement(group.control)
         self.triggers = Triggers.of(options["save_every"], options["save_at"])
         self.saver: Saver = _saver(context, group, options, self.tracked)
@@ -223,6 +236,8 @@ class Crossing:
 
     def step_begins(self, loop: TrainingLoop, item: Item) -> None:
         """Everything random in the body is a function of (seed, loop, index, rank) from here on."""
+        if self._item is None:
+            self._refuse_untracked()
         self._item = item
         self._forwards = 0 if item.micro == 0 else self._forwards
         if loop.record.outer < 0:
@@ -259,7 +274,7 @@ class Crossing:
         if stepped:
             self._save_or_snapshot()
         self._report(now)
-        if self._stop_agreed and (stepped or self._stop_agreed == 2):
+        if self._stop_agreed and (stepped or self._stop_agreed == STOP_NOW):
             self._leave_for_good()
         return not self.finishing
 
@@ -372,9 +387,10 @@ class Crossing:
     # -- saving ---------------------------------------------------------------------------------------------------
 
     def _save_or_snapshot(self) -> None:
-        stopping = self._stop_agreed == 1
+        stopping = self._stop_agreed in (STOP_SAVE, STOP_PREEMPTED)
         if stopping or (self._save_due and not self._busy):
-            self._stage("stop" if stopping else self._save_reason)
+            preempted = self._stop_agreed == STOP_PREEMPTED
+            self._stage("preemption" if preempted else "stop" if stopping else self._save_reason)
         elif self._own_names and self.group.rank == 0:
             self._stage_named()
         elif self.step % self._snapshot_stride == 0:
@@ -393,7 +409,7 @@ class Crossing:
         return bool(self._save_names)
 
     def _stage(self, reason: str) -> None:
-        name = self._save_names.pop(0) if self._save_names and reason != "stop" else ""
+        name = self._save_names.pop(0) if self._save_names and reason not in ("stop", "preemption") else ""
         self._copied(self.saver.stage(self.step, self.head(), reason, name))
         self._save_due = False
         self._last_save = time.monotonic()
