@@ -38,7 +38,8 @@ def final_state(directory: Path) -> tuple[RunStore, Manifest]:
         )
     _, manifest = find_sound(run)
     if manifest.reason != "final":
-        raise OrchestratorError(f"The newest sound checkpoint of {directory} is no final one ({manifest.reason}, step {manifest.step}).")
+        what = f"({manifest.reason}, step {manifest.step})"
+        raise OrchestratorError(f"The newest sound checkpoint of {directory} is no final one {what}.")
     return run, manifest
 
 

@@ -59,7 +59,13 @@ class Fault:
 
 
 _PREPOSITION = {"step": "at", "boundary": "at", "any": "at", "save": "in"}
-_NOUN = {"step": "the top", "boundary": "the boundary", "any": "any moment", "save": "the save", "optimizer": "the optimizer"}
+_NOUN = {
+    "step": "the top",
+    "boundary": "the boundary",
+    "any": "any moment",
+    "save": "the save",
+    "optimizer": "the optimizer",
+}
 
 
 @dataclass(frozen=True)
@@ -88,12 +94,20 @@ def parse(specs: Sequence[str]) -> list[Fault | RandomFaults]:
 def _parse(spec: str, number: int) -> Fault | RandomFaults:
     kind, _, rest = spec.strip().partition(":")
     if kind in LATER:
-        raise UsageError(f"--fault {spec}: `{kind}` is not available in this version: {LATER[kind]}.")
+        raise _later(spec, kind)
     if kind not in _KEYS:
-        known = (*KINDS, "random")
-        raise UsageError(f"--fault {spec}: there is no kind `{kind}`{did_you_mean(kind, known)}; there are {', '.join(known)}.")
+        raise _unknown(spec, "kind", kind, (*KINDS, "random"))
     values = _values(spec, rest, _KEYS[kind])
     return _random(spec, values) if kind == "random" else _fault(spec, kind, values, f"fault-{number}")
+
+
+def _unknown(spec: str, what: str, word: str, known: Sequence[str]) -> UsageError:
+    there_are = ", ".join(known)
+    return UsageError(f"--fault {spec}: there is no {what} `{word}`{did_you_mean(word, known)}; there are {there_are}.")
+
+
+def _later(spec: str, kind: str) -> UsageError:
+    return UsageError(f"--fault {spec}: `{kind}` is not available in this version: {LATER[kind]}.")
 
 
 def _values(spec: str, rest: str, known: set[str]) -> dict[str, str]:
@@ -103,7 +117,7 @@ def _values(spec: str, rest: str, known: set[str]) -> dict[str, str]:
         if not equals or not value:
             raise UsageError(f"--fault {spec}: `{part}` is no KEY=VALUE.")
         if key not in known:
-            raise UsageError(f"--fault {spec}: no `{key}` here{did_you_mean(key, sorted(known))}; there are {', '.join(sorted(known))}.")
+            raise _unknown(spec, "key", key, sorted(known))
         if key in values:
             raise UsageError(f"--fault {spec}: `{key}` is given twice.")
         values[key] = value
@@ -126,18 +140,21 @@ def _random(spec: str, values: dict[str, str]) -> RandomFaults:
     kinds = tuple(dict.fromkeys(values.get("kinds", "kill+raise+exit").split("+")))
     for kind in kinds:
         if kind in LATER:
-            raise UsageError(f"--fault {spec}: `{kind}` is not available in this version: {LATER[kind]}.")
+            raise _later(spec, kind)
         if kind not in KINDS:
-            raise UsageError(f"--fault {spec}: there is no kind `{kind}`{did_you_mean(kind, KINDS)}; join {', '.join(KINDS)} by +.")
+            raise _unknown(spec, "kind", kind, KINDS)
     return RandomFaults(_whole(spec, values, "seed", 0, 0), _whole(spec, values, "count", 1, 1, 1000), kinds)
 
 
 def _fault(spec: str, kind: str, values: dict[str, str], name: str) -> Fault:
     moment = values.get("moment", "step")
     if moment not in MOMENTS:
-        raise UsageError(f"--fault {spec}: there is no moment `{moment}`{did_you_mean(moment, MOMENTS)}; there are {', '.join(MOMENTS)}.")
+        raise _unknown(spec, "moment", moment, MOMENTS)
     if moment == "start" and kind == "raise":
-        raise UsageError(f"--fault {spec}: an exception before the first step is the program's own and never retried; use kill or exit.")
+        raise UsageError(
+            f"--fault {spec}: an exception before the first step is the program's own and never retried; use kill or "
+            "exit."
+        )
     if _whole(spec, values, "signal", 9, 1, 64) in _HARMLESS_SIGNALS:
         raise UsageError(f"--fault {spec}: signal {values['signal']} ends no process.")
     if moment == "start" and "step" in values:
@@ -169,7 +186,9 @@ def check_ranks(parsed: Sequence[Fault | RandomFaults], world_size: int) -> None
     """Raises UsageError for a rank that there will not be. Known before anything runs."""
     for fault in parsed:
         if isinstance(fault, Fault) and fault.rank >= world_size:
-            raise UsageError(f"--fault {fault.kind}: there is no rank {fault.rank} among {world_size} workers; ranks count from 0.")
+            raise UsageError(
+                f"--fault {fault.kind}: there is no rank {fault.rank} among {world_size} workers; ranks count from 0."
+            )
 
 
 def schedule(parsed: Sequence[Fault | RandomFaults], calm: Undisturbed) -> tuple[Fault, ...]:
@@ -192,8 +211,8 @@ def _check_step(fault: Fault, calm: Undisturbed) -> None:
     last = calm.steps if fault.moment in _AT_THE_END else calm.steps - 1
     if fault.step > last:
         raise UsageError(
-            f"--fault {fault.kind}: moment `{fault.moment}` of step {fault.step} never comes: the undisturbed run completed "
-            f"{calm.steps} steps, so the last one to strike at is {last}."
+            f"--fault {fault.kind}: moment `{fault.moment}` of step {fault.step} never comes: the undisturbed run "
+            f"completed {calm.steps} steps, so the last one to strike at is {last}."
         )
 
 
@@ -216,29 +235,36 @@ def _chained(faults: list[Fault]) -> tuple[Fault, ...]:
 
 
 def _draw(wish: RandomFaults, calm: Undisturbed, taken: int) -> list[Fault]:
-    """Spread over the run: fault i falls into the i-th of `count` equal parts of it. Raises UsageError for a short run."""
+    """Spread over the run: fault i falls into the i-th of `count` equal parts. Raises UsageError for a short run."""
     first, end = 2, calm.steps - _MARGIN_STEPS
     if end <= first:
-        raise UsageError(
-            f"Random faults need a run of more than {first + _MARGIN_STEPS} steps; the undisturbed one has {calm.steps}."
-        )
+        least = first + _MARGIN_STEPS
+        raise UsageError(f"Random faults need more than {least} steps; the undisturbed run has {calm.steps}.")
     chance = random.Random(f"{wish.seed}/{calm.world_size}/{wish.count}/{'+'.join(wish.kinds)}")
     faults: list[Fault] = []
     for index in range(wish.count):
         step = first + int((index + chance.random()) * (end - first) / wish.count)
-        kind, moment = chance.choice(wish.kinds), chance.choice(_MIXED)
-        offset, rank = chance.random(), chance.randrange(calm.world_size)
-        after = ""
-        if moment == "start":
-            if faults:
-                after, step = faults[-1].id, 0
-            elif kind == "raise":  # before the first step it would be the program's own
-                moment = "any"
-        if moment == "start":
-            step = 0
-        if moment == "save" and index == wish.count - 1 and chance.random() < 0.5:
-            step = calm.steps  # the save of the final state
-        name = f"fault-{taken + index + 1}"
-        delay_s = _delay_s(moment, offset, calm)
-        faults.append(Fault(name, kind, rank, step, moment, round(offset, 4), round(delay_s, 6), after=after))
+        final = index == wish.count - 1 and chance.random() < 0.5
+        faults.append(_drawn(chance, wish, calm, f"fault-{taken + index + 1}", step, faults, final))
     return faults
+
+
+def _drawn(
+    chance: random.Random,
+    wish: RandomFaults,
+    calm: Undisturbed,
+    name: str,
+    step: int,
+    before: list[Fault],
+    final: bool,
+) -> Fault:
+    """One random fault. At start-up it strikes right after the fault before it; `final`: a save is that of the end."""
+    kind, moment = chance.choice(wish.kinds), chance.choice(_MIXED)
+    rank, offset = chance.randrange(calm.world_size), round(chance.random(), 4)
+    if moment == "start" and kind == "raise" and not before:
+        moment = "any"  # before the first step of a launch an exception is the program's own
+    if moment == "save" and final:
+        step = calm.steps
+    after = before[-1].id if moment == "start" and before else ""
+    delay_s = round(_delay_s(moment, offset, calm), 6)
+    return Fault(name, kind, rank, 0 if moment == "start" else step, moment, offset, delay_s, after=after)

@@ -59,7 +59,9 @@ def load(place: Path, spec: RunSpec) -> Reference | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--reference {place}: {OUTCOME_FILE} cannot be read ({error}); delete the directory or name another.") from error
+        raise UsageError(
+            f"--reference {place}: {OUTCOME_FILE} cannot be read ({error}); delete the directory or name another."
+        ) from error
     wanted = question_of(spec)
     different = [key for key, value in wanted.items() if question.get(key) != value]
     if different:

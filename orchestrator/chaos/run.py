@@ -169,11 +169,8 @@ class _Chaos:
         if again.equal:
             self.console.notice("chaos: two undisturbed runs are equal, so the difference is the recovery's", "error")
         else:
-            self.console.notice(
-                f"chaos: two undisturbed runs differ too ({_names(again)}): the program is not deterministic by itself, so "
-                "nothing can be said about the recovery",
-                "error",
-            )
+            text = f"chaos: two undisturbed runs differ too ({_names(again)}): the program is not deterministic by "
+            self.console.notice(f"{text}itself, so nothing can be said about the recovery", "error")
 
 
 def fresh_name(storage: Path, spec: RunSpec) -> str:
