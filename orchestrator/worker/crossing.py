@@ -64,8 +64,8 @@ class Crossing:
         self._first_step = self.step
         self.tracked = RunState(group.rank)
         self.guard = Guard(context, self.tracked.mutable_versions)
-        self.reruns = Reruns(self.tracked, self.state)
-        self._user_at_start = json.dumps(self.state)
+        self.reruns = Reruns(self.tracked, lambda: self.state)
+        self._user_at_start = json.dumps(self.state)  # `self.state` is the user's to change
         self.agreement = Agreement(group.control)
         self.triggers = Triggers.of(options["save_every"], options["save_at"])
         self.saver: Saver = _saver(context, group, options, self.tracked)
@@ -95,6 +95,7 @@ class Crossing:
 
     def _track(self, named: dict[str, Any], per_rank: Sequence[str]) -> None:
         fresh = self.tracked.is_empty
+        written = not fresh and self.guard.has_written()
         self.tracked.add(named, set(per_rank))
         if self.context is not None:
             self.context.mark("build")
@@ -104,10 +105,10 @@ class Crossing:
             self._check_same_everywhere()
         if fresh:
             self.tracked.watch(self._before_step, self._after_step)
-        if self.source is not None and fresh:
-            self._mark_resume_point()
-        elif self.guard.resume_step >= 0 and not self.guard.dirty:
+        if not written:
             self.guard.rebase()
+            if self.source is not None and self.guard.resume_step < 0 and not self._awaited():
+                self._mark_resume_point()
         if self.context is not None:
             self.context.mark("restore")
 
@@ -130,6 +131,26 @@ class Crossing:
             raise UsageError(str(error)) from None
         for notice in notices:
             self.notice(notice)
+
+    def _awaited(self) -> set[str]:
+        """Names that the checkpoint holds and the script has not tracked yet: without them this rank's state is not whole."""
+        if self.source is None:
+            return set()
+        own = self.source.head.get("per_rank", {}).get(str(self.group.rank), {}).get("tracked", {})
+        return {*self.source.head.get("tracked", {}), *own} - set(self.tracked.names)
+
+    def undo_reruns(self, loop: TrainingLoop) -> None:
+        """Where a loop goes on, or turns out to be done, what code before it did once more to the state is undone."""
+        source = self.source
+        if source is None or not loop.record.restored or self.step > self._first_step:
+            return
+        names = self.tracked.names if self.guard.has_written() else self.reruns.changed()
+        if names:
+            self._restore(names, False)
+            self.guard.rebase()
+        if self.reruns.state_changed():
+            self.state.clear()
+            self.state.update(json.loads(self._user_at_start))
 
     def _check_same_everywhere(self) -> None:
         """Replicated means replicated: a value that differs between ranks would silently become rank 0's."""
@@ -205,8 +226,9 @@ class Crossing:
         config = loop.source.config()
         if config.get("kind") != "steps":
             self._config[loop.name] = config
+        self.undo_reruns(loop)
         self.tell_facts(loop)
-        if self.guard.resume_step < 0:
+        if self.guard.resume_step < 0 and not (loop.record.done and self._awaited()):
             self._mark_resume_point()
         self.agreement.every_step = loop.source.length is None and self.group.world_size > 1
 
@@ -225,7 +247,8 @@ class Crossing:
         """What follows a loop draws the same random numbers whether its last step ran in this process or not."""
         self._loop = None
         self._item = None
-        rng.seed_all(rng.derive(self.seed, "after", loop.rng_key, self.step))
+        rng.seed_all(rng.derive(self.seed, "after", loop.rng_key, loop.record.index))
+        self.reruns.mark()
 
     def agree_on_next(self, loop: TrainingLoop, iterator: LoopIterator) -> bool:
         """Whether all ranks have another item; the first one to run dry ends the loop for all."""

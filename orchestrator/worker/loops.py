@@ -21,12 +21,16 @@ DEFAULT_NAME = "main"
 
 @dataclass
 class LoopRecord:
-    """Where a training loop stands, as checkpoints hold it. `outer`: the epoch of `run.epochs` it belongs to, or -1."""
+    """Where a training loop stands, as checkpoints hold it. `outer`: the epoch of `run.epochs` it belongs to, or -1.
+
+    `restored`: it had begun when the state was written that this process started from.
+    """
 
     cursor: Cursor | None = None
     done: str = ""
     outer: int = -1
     index: int = 0
+    restored: bool = False
 
     def to_json(self) -> dict[str, Any]:
         cursor = {key: value for key, value in (self.cursor or {}).items() if key != "reader"} or None
@@ -53,6 +57,7 @@ class LoopBook:
         book = cls()
         for name, item in head.get("loops", {}).items():
             record = LoopRecord(**item)
+            record.restored = bool(record.done or record.cursor)
             if name in readers and record.cursor is not None:
                 record.cursor["reader"] = readers[name]
             book.records[name] = record
@@ -168,9 +173,11 @@ class TrainingLoop:
         return self.name if self.record.outer < 0 else f"{self.name}@{self.record.outer}"
 
     def _iterate(self) -> Iterator[Any]:
-        if self.record.done and self.record.done != "end":
-            return
         run = self._run
+        if self.record.done and self.record.done != "end":
+            run.undo_reruns(self)
+            run.loop_ends(self)
+            return
         iterator = self.source.open(self.record.cursor)
         run.book.running = self.name
         run.loop_begins(self)

@@ -211,6 +211,7 @@ class Run(Crossing):
             self.epoch = self.book.outer_epoch = epoch
             self.book.outer_total = total
             before = set(self.book.opened)
+            self.reruns.mark()
             try:
                 yield epoch
             except GeneratorExit:
