@@ -68,7 +68,13 @@ def refusal_code(failure: WorkerFailed) -> int | None:
 
 
 def describe(failure: WorkerFailed) -> str:
-    """One clause: rank, what happened, step, and for an exception its text and the user's line."""
+    """One clause: rank, what happened, step, and for an exception its text and the user's line.
+
+    A refusal of our own API says by itself what is wrong and what to do.
+    """
+    if failure.error is not None and refusal_code(failure) is not None:
+        where = f"{failure.error.frame.partition(' in ')[0]}: " if failure.error.frame else ""
+        return f"{where}{failure.error.message}"
     return f"rank {failure.rank} {_what(failure)} at step {failure.step}{_error_text(failure)}"
 
 
