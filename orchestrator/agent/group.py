@@ -14,7 +14,7 @@ from orchestrator.agent.held import Part
 from orchestrator.agent.launching import worker_spec
 from orchestrator.storage.layout import checkpoint_dir, log_path
 from orchestrator.worker import wire
-from orchestrator.worker.shm import ORDER_SAVE, ORDER_STOP, POISON, RESUME_STEP, STOP_NOW, STOP_SAVE, BeatPage, Segment
+from orchestrator.worker.shm import ORDER_SAVE, ORDER_STOP, POISON, RESUME_STEP, STOP_PREEMPTED, STOP_SAVE, BeatPage, Segment
 
 if TYPE_CHECKING:
     from orchestrator.agent.node import NodeAgent
@@ -326,7 +326,7 @@ class GroupHost:
     def _order(self, command: dict[str, Any]) -> None:
         for worker in self._survivors():
             if command["order"] == "stop":
-                worker.beat.words[ORDER_STOP] = STOP_SAVE if command["save"] else STOP_NOW
+                worker.beat.words[ORDER_STOP] = STOP_PREEMPTED if command["name"] == "preemption" else STOP_SAVE
             else:
                 if command["name"]:
                     self._send(worker, {"op": "save", "name": command["name"]})

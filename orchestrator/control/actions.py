@@ -76,7 +76,10 @@ class ReleaseSegments:
 
 @dataclass(frozen=True)
 class AskWorkers:
-    """Put an order before the workers, to be agreed on at a boundary: "save" or "stop"."""
+    """Put an order before the workers, to be agreed on at a boundary: "save" or "stop".
+
+    `name`: what the save is to be called, or the reason under which a stop is saved.
+    """
 
     attempt: int
     order: str

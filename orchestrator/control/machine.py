@@ -290,7 +290,7 @@ class Machine(Aftermath):
         if self.state is State.STARTING:
             return  # asked as soon as every agent has forked
         self._go(State.STOPPING)
-        self._order(AskWorkers(attempt.number, "stop"))
+        self._order(AskWorkers(attempt.number, "stop", self._stop_reason()))
         self._tell(f"{self._stop_why()}: saving at the next step boundary, then leaving")
         self._maybe_all_out(attempt, now)
 

@@ -96,8 +96,8 @@ def test_one_rank_alone_goes_on_from_its_snapshot(launcher: Launcher) -> None:
     faults: list[dict[str, Any]] = [
         {"rank": 0, "step": 5, "where": "backward", "what": "SIGKILL"},
         {"rank": 0, "step": 9, "where": "body", "what": "loader"},
-        {"rank": 0, "step": 14, "where": "optimizer", "what": "SIGKILL"},
-        {"rank": 0, "step": 10, "where": "dataset", "what": "broken sample"},  # in a loader forked after step 10
+        {"rank": 0, "step": 18, "where": "optimizer", "what": "SIGKILL"},
+        {"rank": 0, "start": 4, "where": "dataset", "what": "broken sample"},  # in a loader process
     ]
     launch = start(launcher, "struck", faults, workers=1, **steps)
     assert launch.wait() == 0, launch.output

@@ -371,7 +371,8 @@ def test_16_a_request_that_a_failure_undid_is_asked_again() -> None:
 @pytest.mark.parametrize(("kind", "code"), [("platform", 75), ("person", 76), ("request", 76)])
 def test_17_a_stop_saves_and_ends_with_its_code(kind: str, code: int) -> None:
     run = Driven().running()
-    assert orders(run(StopRequested(kind))) == [AskWorkers(1, "stop")]  # type: ignore[arg-type]
+    reason = "preemption" if kind == "platform" else "stop"
+    assert orders(run(StopRequested(kind))) == [AskWorkers(1, "stop", reason)]  # type: ignore[arg-type]
     assert run(StopRequested("person", save=False)) == (), "a second one changes nothing"
     run.saved(8, "stop")
     run(WorkerStopped(1, 0, 8))
