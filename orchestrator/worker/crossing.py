@@ -575,6 +575,7 @@ class Crossing:
         if not self.tracked.is_empty and not done_before:
             self.agreement.now({})  # all ranks are here: from now on nobody changes anything
             self.saver.stage(self.step, self.head(), "final", "")
+            self.agreement.now({})  # until the last share is staged, each rank is the others' way back
         self.saver.finish(self.step, self.finish_reason)
         if not self._stepped_told:
             self._tell_first_step()  # a group that had nothing left to train has recovered too
