@@ -168,8 +168,8 @@ class DdpStrategy:
         """As in the Protocol. Broadcasts rank 0's parameters and buffers, unless `init_sync=False` is given."""
         check_options(options, ddp_options())
         module = module.to(device)
-        self._listeners.listen(module)
         if not any(parameter.requires_grad for parameter in module.parameters()):
+            self._listeners.listen(module)
             return module
         if device.type == "cuda":
             options.setdefault("device_ids", [device])
@@ -177,6 +177,9 @@ class DdpStrategy:
         if not wrapped._settled:
             wrapped = self._unsettled(module, options, wrapped)
         self._wrapped.add(wrapped)
+        # To the wrapper, not to what it wraps: a callback may call `set_sync`, and DDP looks at that once more after the
+        # wrapped module's forward.
+        self._listeners.listen(wrapped)
         return wrapped
 
     def _unsettled(self, module: nn.Module, options: dict[str, Any], failed: DataParallel) -> DataParallel:

@@ -261,6 +261,25 @@ def accumulation(rank: int, world: int) -> dict[str, Any]:
     return {"seen": seen, "alike": len(set(gathered)) == 1, "bias": gradient[0]}
 
 
+def counted_passes(rank: int, world: int) -> list[bool]:
+    """Three passes a step, and a callback that turns the exchange on for the third: whether it was exchanged after each."""
+    strategy, passes, seen = DdpStrategy(), [0], []
+    model = strategy.wrap(nn.Linear(2, 1), CPU)
+
+    def after_forward(module: nn.Module) -> None:
+        passes[0] += 1
+        strategy.set_sync(passes[0] == 2)
+
+    strategy.on_forward(after_forward)
+    strategy.set_sync(False)
+    for _ in range(3):
+        model(torch.full((1, 2), float(rank + 1))).sum().backward()
+        gathered = [None] * world
+        dist.all_gather_object(gathered, model.module.weight.grad.tolist())
+        seen.append(all(one == gathered[0] for one in gathered))
+    return [*seen, strategy.exchanged()]
+
+
 def tracked_names(module: nn.Module) -> list[str]:
     state = TrackedState()
     state.add({"model": module})
@@ -344,7 +363,7 @@ def main(folder: Path) -> None:
     result["view"] = restart(folder, "view", 3, ours(gradient_as_bucket_view=True))
     result["static"] = restart(folder, "static", 3, ours(static_graph=True), use_all=False)
     result["unused"] = restart(folder, "unused", 3, ours(find_unused_parameters=True), use_all=False)
-    for job in (untouched, shares, even_hook_is_exact, user_hook, accumulation, transparent, fallback):
+    for job in (untouched, shares, even_hook_is_exact, user_hook, accumulation, counted_passes, transparent, fallback):
         result[job.__name__] = run_ranks(folder, job.__name__, 3, job)
     print(json.dumps(result))
 

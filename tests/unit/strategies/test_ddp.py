@@ -79,6 +79,10 @@ def test_unexchanged_gradients_are_seen(results: dict[str, Any]) -> None:
         assert rank["seen"] == [True, False, True, False, True, False, True, False]
 
 
+def test_a_callback_decides_on_the_next_pass_and_not_on_the_one_that_just_ended(results: dict[str, Any]) -> None:
+    assert results["counted_passes"] == [[False, False, True, True]] * 3
+
+
 def test_the_wrapped_module_shows_through(results: dict[str, Any]) -> None:
     for rank in results["transparent"]:
         assert rank["shout"] == "hey! x3.0" and rank["written"] == 3.0 and not rank["own"]
@@ -87,7 +91,7 @@ def test_the_wrapped_module_shows_through(results: dict[str, Any]) -> None:
         assert rank["metadata"] == {"version": 2}
         assert rank["ema"] == ["module.brief.bias", "module.brief.weight"]
         assert rank["tracked"] and rank["tracked ema"]
-        assert rank["heard"] == ["Net"]
+        assert rank["heard"] == ["DataParallel"]
         assert rank["frozen"] == "Linear"
         assert rank["refused"].startswith("`prepare` was given find_unused, which")
 
