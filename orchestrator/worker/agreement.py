@@ -22,7 +22,7 @@ MAX_STRIDE = 4096
 class Wish(IntEnum):
     """What a rank may ask for: positions in the reduced vector (maximum over ranks)."""
 
-    SAVE = 0
+    SAVE = 0  # the time of a periodic save has come
     STOP = 1  # 1: save and stop, 2: stop without saving
     FINISH = 2
     DRY = 3
@@ -31,17 +31,23 @@ class Wish(IntEnum):
     BUSY = 6
     STEP_US = 7
     COPY_US = 8
-    EPOCH_SAVE = 9
+    ORDER = 9  # saves the driver has ordered so far
+    CALLS = 10  # calls of `run.save` so far
 
 
 @dataclass(frozen=True)
 class Agreed:
-    """The maximum over ranks of every wish; all ranks hold the same."""
+    """The maximum over ranks of every wish; all ranks hold the same, each with what it had posted itself."""
 
     values: tuple[int, ...]
+    posted: tuple[int, ...]
 
     def __getitem__(self, wish: Wish) -> int:
         return self.values[wish]
+
+    def own(self, wish: Wish) -> int:
+        """What this rank wished for in that round."""
+        return self.posted[wish]
 
 
 class Agreement:
@@ -49,10 +55,15 @@ class Agreement:
 
     def __init__(self, control: Any) -> None:
         self._control = control
-        self._pending: tuple[Any, torch.Tensor] | None = None
+        self._pending: tuple[Any, torch.Tensor, tuple[int, ...]] | None = None
         self._stride = 1
         self._countdown = 1
         self.every_step = False  # sources that may run dry on one rank look ahead every step
+
+    @property
+    def pending(self) -> bool:
+        """Whether a round was posted that is still to be read."""
+        return self._pending is not None
 
     def at_boundary(self, wishes: dict[Wish, int]) -> Agreed | None:
         """Post and read as due; what was agreed on, at the boundaries where a round ends. Raises PeerLostError."""
@@ -68,7 +79,9 @@ class Agreement:
         return agreed
 
     def now(self, wishes: dict[Wish, int], timeout_s: float | None = None) -> Agreed:
-        """A blocking round, at the same place on all ranks. A round that was posted before is read and merged in."""
+        """A blocking round, at the same place on all ranks. A round that was posted before is read and merged in, except
+        for what only counts now: who stays, who is busy.
+        """
         if self._control is None:
             return _agreed(wishes)
         before = self._read(timeout_s)
@@ -79,7 +92,10 @@ class Agreement:
         self._countdown = 1
         if before is None:
             return agreed
-        return Agreed(tuple(max(pair) for pair in zip(before.values, agreed.values, strict=True)))
+        values = [max(pair) for pair in zip(before.values, agreed.values, strict=True)]
+        for wish in (Wish.STAYING, Wish.BUSY):
+            values[wish] = agreed[wish]
+        return Agreed(tuple(values), agreed.posted)
 
     def _post(self, wishes: dict[Wish, int]) -> None:
         vector = torch.zeros(len(Wish), dtype=torch.int64)
@@ -88,14 +104,15 @@ class Agreement:
         options = torch.distributed.AllreduceOptions()
         options.reduceOp = torch.distributed.ReduceOp.MAX
         try:
-            self._pending = (self._control.allreduce([vector], options), vector)
+            posted = tuple(vector.tolist())
+            self._pending = (self._control.allreduce([vector], options), vector, posted)
         except RuntimeError as error:
             raise PeerLostError(f"an agreement could not be posted: {error}") from error
 
     def _read(self, timeout_s: float | None = None) -> Agreed | None:
         if self._pending is None:
             return None
-        work, vector = self._pending
+        work, vector, posted = self._pending
         self._pending = None
         try:
             if timeout_s is None:
@@ -104,7 +121,7 @@ class Agreement:
                 work.wait(datetime.timedelta(seconds=timeout_s))
         except RuntimeError as error:
             raise PeerLostError(f"an agreement was cut off: {error}") from error
-        return Agreed(tuple(vector.tolist()))
+        return Agreed(tuple(vector.tolist()), posted)
 
     def _adapt(self, agreed: Agreed | None) -> None:
         if self.every_step:
@@ -114,4 +131,5 @@ class Agreement:
 
 
 def _agreed(wishes: dict[Wish, int]) -> Agreed:
-    return Agreed(tuple(int(wishes.get(wish, 0)) for wish in Wish))
+    values = tuple(int(wishes.get(wish, 0)) for wish in Wish)
+    return Agreed(values, values)

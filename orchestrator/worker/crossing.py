@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -19,8 +21,10 @@ from orchestrator.worker.group import Group
 from orchestrator.worker.guard import Guard
 from orchestrator.worker.loops import LoopBook, TrainingLoop
 from orchestrator.worker.metrics import Metrics
-from orchestrator.worker.restore import Source
+from orchestrator.worker.report import PeerLostError
 from orchestrator.worker.reruns import Reruns
+from orchestrator.worker.restore import Source
+from orchestrator.worker.save_requests import SaveRequests
 from orchestrator.worker.saving import LaunchedSaver, NoSaver, PlainSaver, Saver
 from orchestrator.worker.shm import (
     BEAT_NS,
@@ -35,11 +39,14 @@ from orchestrator.worker.shm import (
 )
 from orchestrator.worker.tracked import RunState
 from orchestrator.worker.triggers import Triggers
+from orchestrator.worker.user_state import StateCheck
 
 SNAPSHOT_BUDGET = 0.003  # share of the time that copies to memory may take
 SNAPSHOT_MOST = 0.01
 PROGRESS_EVERY_S = 0.5
 LEAVE_TIMEOUT_S = 60.0
+IDLE_STEPS = 100  # a loop that has not trained for so many steps may be stopped in between
+_LEAVE_STEPS = 20
 _SMOOTHING = 0.2
 
 IDLE, BODY, BOUNDARY, STAGING = range(4)  # phases, as the beat page shows them
@@ -69,16 +76,16 @@ class Crossing:
         self.agreement = Agreement(group.control)
         self.triggers = Triggers.of(options["save_every"], options["save_at"])
         self.saver: Saver = _saver(context, group, options, self.tracked)
-        self.finishing = False
+        # A run that was told to finish is complete: what comes after the loop it left has nothing to do, ever again.
+        self.finishing = any(record.done == "finish" for record in self.book.records.values())
         self.finish_reason = ""
+        self.saves = SaveRequests(group, context.beat.words[ORDER_SAVE] if context is not None else 0)
+        self._state_check = StateCheck()
+        self._idle = 0
         self._item: Item | None = None
         self._loop: TrainingLoop | None = None
         self._forwards = 0
         self._share: float | None = None
-        self._save_due = False
-        self._save_names: list[str] = []
-        self._orders_seen = context.beat.words[ORDER_SAVE] if context is not None else 0
-        self._save_asked = False
         self._last_save = time.monotonic()
         self._last_progress = 0.0
         self._stepped_told = False
@@ -217,7 +224,6 @@ class Crossing:
     def loop_begins(self, loop: TrainingLoop) -> None:
         """Before the first step of a loop: everything is built, and this is a state to come back to."""
         self._loop = loop
-        self.finishing = False
         if self.tracked.is_empty:
             raise UsageError(
                 "Nothing is tracked, so nothing could be saved or restored: call `run.track(model=model, optimizer=optimizer)` "
@@ -230,6 +236,7 @@ class Crossing:
         self.tell_facts(loop)
         if self.guard.resume_step < 0 and not (loop.record.done and self._awaited()):
             self._mark_resume_point()
+        self._epoch_before = max(self._epoch_before, self.epoch_reached)
         self.agreement.every_step = loop.source.length is None and self.group.world_size > 1
 
     def _refuse_untracked(self) -> None:
@@ -255,7 +262,11 @@ class Crossing:
         own = iterator.has_next()
         if not self.agreement.every_step:
             return own
-        return not self.agreement.now({Wish.DRY: int(not own)})[Wish.DRY]
+        agreed = self._agree_now({Wish.DRY: int(not own)})
+        if self.finishing and self._item is not None and self._item.last_micro:
+            self._mark_finished(loop)
+            return False
+        return not agreed[Wish.DRY]
 
     def step_begins(self, loop: TrainingLoop, item: Item) -> None:
         """Everything random in the body is a function of (seed, loop, index, rank) from here on."""
@@ -289,22 +300,25 @@ class Crossing:
         faults.at("boundary", self.step)
         now = time.monotonic()
         self._time_step(now)
-        agreed = self.agreement.at_boundary(self._wishes(now))
+        agreed = None if self.agreement.every_step else self.agreement.at_boundary(self._wishes(now))
         if agreed is not None:
-            self._take(agreed)
+            self._take(agreed, fresh=self.group.control is None)
         if stepped and self._due_by_step():
-            self._take(self.agreement.now(self._wishes(now)), due=True)
+            self.saves.due_now()
+            self._agree_now({})
+        leaving = self.finishing and item.last_micro
+        if leaving:
+            self._mark_finished(loop)
         if stepped:
             self._save_or_snapshot()
         self._report(now)
-        if self._stop_agreed and (stepped or self._stop_agreed == STOP_NOW):
-            self._leave_for_good()
-        return not self.finishing
+        self._stop_if_agreed(stepped, item)
+        return not leaving
 
     def _count(self) -> bool:
         """Whether this boundary is a resume point; if so, it is recorded as one."""
         stepped = self.guard.stepped
-        counts = bool(stepped) if self.tracked.optimizers else self.guard.has_written()
+        counts = self._counts
         carried = counts and len(stepped) > 0 and self.tracked.carries_gradients(stepped, self._gradient_marks)
         self.guard.stepped = set()
         if counts:
@@ -316,6 +330,17 @@ class Crossing:
             return False
         self._mark_resume_point()
         return True
+
+    @property
+    def _counts(self) -> bool:
+        """Whether what has happened since the last boundary makes a step."""
+        return bool(self.guard.stepped) if self.tracked.optimizers else self.guard.has_written()
+
+    def _mark_finished(self, loop: TrainingLoop) -> None:
+        """The ranks have agreed to finish: no later launch enters this loop again."""
+        loop.record.done = "finish"
+        if self.guard.is_clean():
+            self.saver.record(self.step, self.head())
 
     def _mark_resume_point(self) -> None:
         self.saver.record(self.step, self.head())
@@ -333,69 +358,80 @@ class Crossing:
         context.mark("first_step")
         context.tell({"op": "stepped", "step": self.step, "at": time.monotonic(), "phases": context.phases})
 
-    def left_by_break(self) -> None:
-        """`break`: all ranks must have left at the same step, or the next collective would hang."""
+    def left_by_break(self, where: str = "") -> None:
+        """`break`: all ranks must have left at the same step, or the next collective would hang. `where`: the script's line,
+        if this is called while the loop is being dropped: then an exception would be lost, and this rank fails at once.
+        """
         loop = self._loop
         if loop is None:
             return
+        if self._counts:
+            loop.advance()
         loop.record.done = "break"
-        counted = self._count()
-        if not counted and self.guard.resume_step >= 0:
+        if not self._count() and self.guard.is_clean():
             self.saver.record(self.step, self.head())
-        agreed = self.agreement.now({Wish.LEAVING: 1}, LEAVE_TIMEOUT_S)
-        if agreed[Wish.STAYING]:
-            raise UsageError(
-                f"Rank {self.group.rank} left the loop by `break` at step {self.step} while another rank went on; one rank's "
-                "wish to end is `run.finish(reason)`."
+        if self.group.control is not None and not self._all_leave():
+            error = UsageError(
+                f"Rank {self.group.rank} left the loop by `break`{where and ' at '}{where} in step {self.step} while another "
+                "rank went on; one rank's wish to end is `run.finish(reason)`."
             )
+            if not where:
+                raise error
+            self._fail_at_once(error)
         self.loop_ends(loop)
+
+    def _all_leave(self) -> bool:
+        deadline_s = max(LEAVE_TIMEOUT_S, _LEAVE_STEPS * self._step_s)
+        try:
+            return not self.agreement.now({Wish.LEAVING: 1}, deadline_s)[Wish.STAYING]
+        except PeerLostError as error:
+            if "timed out" not in str(error).lower():
+                raise
+            return False
+
+    def _fail_at_once(self, error: UsageError) -> NoReturn:
+        """As if `error` had ended the script here."""
+        if self.context is not None:
+            from orchestrator.worker import entry
+
+            entry._failed(self.context, error, "exception")
+        print(f"orchestrator: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)
 
     # -- agreement ------------------------------------------------------------------------------------------------
 
     def _wishes(self, now: float) -> dict[Wish, int]:
-        wishes = {
+        words = self.context.beat.words if self.context is not None else None
+        time_is_up = self.group.rank == 0 and self.triggers.by_time(now - self._last_save, max(self._copy_s, 0.001))
+        orders = words[ORDER_SAVE] if words is not None else 0
+        return self.saves.wishes(orders, self.saver.in_flight > 0, time_is_up) | {
             Wish.STAYING: 1,
-            Wish.BUSY: int(self.saver.in_flight > 0),
             Wish.STEP_US: int(self._step_s * 1e6),
             Wish.COPY_US: int(self._copy_s * 1e6),
             Wish.FINISH: int(bool(self.finish_reason)),
-            Wish.SAVE: int(self._save_asked),
+            Wish.STOP: words[ORDER_STOP] if words is not None else 0,
         }
-        if self.group.rank == 0 and self.triggers.by_time(now - self._last_save, max(self._copy_s, 0.001)):
-            wishes[Wish.SAVE] = 1
-        if self.context is not None:
-            words = self.context.beat.words
-            if words[ORDER_SAVE] != self._orders_seen:
-                wishes[Wish.SAVE] = 2
-            wishes[Wish.STOP] = words[ORDER_STOP]
-        return wishes
 
     _stop_agreed = 0
-    _save_reason = "periodic"
 
-    def _take(self, agreed: Agreed, due: bool = False) -> None:
+    def _agree_now(self, more: dict[Wish, int]) -> Agreed:
+        """A blocking round of all wishes and `more`."""
+        agreed = self.agreement.now(self._wishes(time.monotonic()) | more)
+        self._take(agreed, fresh=True)
+        return agreed
+
+    def _take(self, agreed: Agreed, fresh: bool) -> None:
         """Turn what was agreed on into what every rank does at this or the next resume point."""
-        if agreed[Wish.SAVE] or due:
-            self._save_due = True
-            self._save_reason = "requested" if agreed[Wish.SAVE] == 2 or self._save_names else "periodic"
-            self._save_asked = False
-            if self.context is not None:
-                self._orders_seen = self.context.beat.words[ORDER_SAVE]
         if agreed[Wish.LEAVING]:
             raise UsageError(
-                f"Another rank left the loop by `break` before step {self.step}, while rank {self.group.rank} went on; one "
-                "rank's wish to end is `run.finish(reason)`."
+                f"Another rank left the loop by `break`, or ended its script, before step {self.step}, while rank "
+                f"{self.group.rank} went on; one rank's wish to end is `run.finish(reason)`."
             )
-        self._busy = bool(agreed[Wish.BUSY])
+        self.saves.take(agreed, fresh)
         self._stop_agreed = max(self._stop_agreed, agreed[Wish.STOP])
         self.finishing = self.finishing or bool(agreed[Wish.FINISH])
-        if self.finishing and self._loop is not None:
-            self._loop.record.done = "finish"
-            self.saver.record(self.step, self.head())
         if agreed[Wish.STEP_US] > 0 and agreed[Wish.COPY_US] > 0:
             self._snapshot_stride = snapshot_stride(agreed[Wish.COPY_US] / 1e6, agreed[Wish.STEP_US] / 1e6)
-
-    _busy = False
 
     def _due_by_step(self) -> bool:
         before, self._epoch_before = self._epoch_before, self.epoch_reached
@@ -410,14 +446,25 @@ class Crossing:
     # -- saving ---------------------------------------------------------------------------------------------------
 
     def _save_or_snapshot(self) -> None:
-        stopping = self._stop_agreed in (STOP_SAVE, STOP_PREEMPTED)
-        if stopping or (self._save_due and not self._busy):
-            preempted = self._stop_agreed == STOP_PREEMPTED
-            self._stage("preemption" if preempted else "stop" if stopping else self._save_reason)
-        elif self._own_names and self.group.rank == 0:
-            self._stage_named()
+        together = self._saves_together
+        if self._stop_agreed in (STOP_SAVE, STOP_PREEMPTED):
+            self._stage(self._stop_reason, "")
+        elif self.saves.due(together) and not self.saves.busy:
+            self._stage(*self.saves.begin(together))
         elif self.step % self._snapshot_stride == 0:
             self._copied(self.saver.snapshot(self.step, self.head()))
+        for name in self.saves.alone(together):
+            self.saver.stage_whole(self.step, self.head(), "requested", name)
+
+    @property
+    def _stop_reason(self) -> str:
+        return "preemption" if self._stop_agreed == STOP_PREEMPTED else "stop"
+
+    @property
+    def _saves_together(self) -> bool:
+        """Whether a checkpoint takes all ranks, because each holds something of its own."""
+        readers = any(record.reader is not None for record in self.book.records.values())
+        return self.group.world_size > 1 and (self.tracked.holds_per_rank or readers)
 
     def _copied(self, stall_s: float) -> None:
         """Learn what a copy costs: the first one also makes plans and takes memory, and a busy machine makes outliers."""
@@ -427,20 +474,10 @@ class Crossing:
         else:
             self._copy_s = min(stall_s, 0.8 * self._copy_s + 0.2 * min(stall_s, 3 * self._copy_s))
 
-    @property
-    def _own_names(self) -> bool:
-        return bool(self._save_names)
-
-    def _stage(self, reason: str) -> None:
-        name = self._save_names.pop(0) if self._save_names and reason not in ("stop", "preemption") else ""
+    def _stage(self, reason: str, name: str) -> None:
         self._copied(self.saver.stage(self.step, self.head(), reason, name))
-        self._save_due = False
+        self.saves.staged(self.agreement.pending)
         self._last_save = time.monotonic()
-
-    def _stage_named(self) -> None:
-        """A save asked for in the script, on every rank or on the main one: rank 0 holds all of it."""
-        while self._save_names:
-            self.saver.stage_whole(self.step, self.head(), "requested", self._save_names.pop(0))
 
     def request_save(self, name: str) -> None:
         """`run.save`: exact at the next resume point if rank 0 asks, else at the next agreed one."""
@@ -448,13 +485,19 @@ class Crossing:
 
         if name:
             check_save_name(name)
-        if self.group.rank == 0:
-            self._save_names.append(name)
+        self.saves.call(name)
 
-    def name_next_save(self, name: str) -> None:
-        """The name that `orchestrator save` gave the save it ordered."""
-        if name and self.group.rank == 0:
-            self._save_names.append(name)
+    def _stop_if_agreed(self, stepped: bool, item: Item) -> None:
+        """At a resume point; at once if nothing is to be saved, or if the loop does not train."""
+        self._idle = 0 if stepped else self._idle + item.last_micro
+        if self._stop_agreed == STOP_NOW or (self._stop_agreed and (stepped or self._stops_idle())):
+            self._leave_for_good()
+
+    def _stops_idle(self) -> bool:
+        if self._idle < IDLE_STEPS or not self.guard.is_clean():
+            return False
+        self._stage(self._stop_reason, "")
+        return True
 
     def _leave_for_good(self) -> None:
         """The group agreed to stop here; what had to be saved is staged."""
@@ -487,7 +530,7 @@ class Crossing:
             "epoch": self.epoch,
             "samples": self.samples,
             "seed": self.seed,
-            "user": self.state,
+            "user": self._state_check(self.state),
             "loops": {name: record.to_json() for name, record in self.book.records.items()},
             "small": small,
             "per_rank": {str(self.group.rank): own} if own["tracked"] or readers else {},
@@ -496,13 +539,6 @@ class Crossing:
             "metrics": self.metrics.latest(),
         }
         return head
-
-    def check_state(self) -> None:
-        """Raise UsageError if `run.state` holds something that is not JSON."""
-        try:
-            json.dumps(self.state)
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"run.state holds something that is not JSON ({error}); tensors belong in `run.track`.") from None
 
     def _time_step(self, now: float) -> None:
         took = now - self._step_started
@@ -566,6 +602,14 @@ class Crossing:
 
     # -- the end --------------------------------------------------------------------------------------------------
 
+    def _wait_for_all(self) -> None:
+        """From here on nobody changes anything."""
+        if self.agreement.now({Wish.LEAVING: 1})[Wish.STAYING] and self.group.control is not None:
+            raise UsageError(
+                f"The script ended on rank {self.group.rank} at step {self.step} while another rank is still in its loop; "
+                "all ranks must take the same steps. One rank's wish to end is `run.finish(reason)`."
+            )
+
     def complete(self) -> None:
         """The script has ended normally: stage what is trained as `final`, and say so."""
         if self._loop is not None:  # left by an exception that the script took as its way out
@@ -573,7 +617,7 @@ class Crossing:
         trained = self.step - self._first_step
         done_before = self.source is not None and self.source.reason == "final" and trained == 0
         if not self.tracked.is_empty and not done_before:
-            self.agreement.now({})  # all ranks are here: from now on nobody changes anything
+            self._wait_for_all()
             self.saver.stage(self.step, self.head(), "final", "")
             self.agreement.now({})  # until the last share is staged, each rank is the others' way back
         self.saver.finish(self.step, self.finish_reason)

@@ -102,12 +102,16 @@ def closed_by_break(frame: FrameType | None) -> bool:
 
 
 def _call_site() -> str:
+    return _place(sys._getframe(1))
+
+
+def _place(frame: FrameType | None) -> str:
+    """The innermost line of the user's own code at or above `frame`, as train.py:31."""
     from orchestrator.worker.report import is_user_file
 
-    frame = sys._getframe(1)
-    while frame.f_back is not None and not is_user_file(frame.f_code.co_filename):
+    while frame is not None and frame.f_back is not None and not is_user_file(frame.f_code.co_filename):
         frame = frame.f_back
-    return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
+    return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}" if frame is not None else "an unknown line"
 
 
 class StepsSource:
@@ -158,6 +162,7 @@ class TrainingLoop:
         self.record = record
         self.source = source
         self.accumulate_forwards = accumulate_forwards
+        self._at_hand: tuple[LoopIterator, Item] | None = None
 
     def __len__(self) -> int:
         if self.source.length is None:
@@ -174,6 +179,8 @@ class TrainingLoop:
 
     def _iterate(self) -> Iterator[Any]:
         run = self._run
+        if run.finishing and not self.record.done:
+            return
         if self.record.done and self.record.done != "end":
             run.undo_reruns(self)
             run.loop_ends(self)
@@ -192,20 +199,26 @@ class TrainingLoop:
         run = self._run
         while run.agree_on_next(self, iterator):
             item = next(iterator)
+            self._at_hand = (iterator, item)
             run.step_begins(self, item)
             try:
                 yield item.batch
             except GeneratorExit:
-                if closed_by_break(sys._getframe().f_back):
-                    self._advance(iterator, item)
-                    run.left_by_break()
+                leaver = sys._getframe().f_back
+                if closed_by_break(leaver):
+                    run.left_by_break(_place(leaver))
                 raise
-            self._advance(iterator, item)
+            self.advance()
             if not run.boundary(self, item):
                 return
         self.record.done = "end"
 
-    def _advance(self, iterator: LoopIterator, item: Item) -> None:
+    def advance(self) -> None:
+        """The item at hand is consumed."""
+        if self._at_hand is None:
+            return
+        iterator, item = self._at_hand
+        self._at_hand = None
         self.record.cursor = iterator.cursor()
         self.record.index += 1
         self._run.samples += item.samples

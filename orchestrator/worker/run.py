@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from orchestrator.worker.context import WorkerContext
 from orchestrator.worker.crossing import Crossing
 from orchestrator.worker.data import make_loop
 from orchestrator.worker.group import Group, join
-from orchestrator.worker.loops import LoopBook, LoopRecord, StepsSource, TrainingLoop
+from orchestrator.worker.loops import LoopRecord, StepsSource, TrainingLoop, closed_by_break
 from orchestrator.worker.metrics import Metrics
 from orchestrator.worker.restore import Source, open_source
 from orchestrator.worker.saving import PlainSaver
@@ -206,7 +207,7 @@ class Run(Crossing):
 
     def _epochs(self, total: int, key: str) -> Iterator[int]:
         record = self.book.records.setdefault(key, LoopRecord())
-        while record.index < total and record.done in ("", "end"):
+        while record.index < total and record.done in ("", "end") and not self.finishing:
             epoch = record.index
             self.epoch = self.book.outer_epoch = epoch
             self.book.outer_total = total
@@ -216,7 +217,8 @@ class Run(Crossing):
                 yield epoch
             except GeneratorExit:
                 self.book.outer_epoch = -1
-                record.done = "break"
+                if closed_by_break(sys._getframe().f_back):
+                    record.done = "break"
                 raise
             self.book.opened = before
             self.book.outer_epoch = -1

@@ -48,7 +48,7 @@ class SideThread(threading.Thread):
         elif operation == "save":
             run = run_module.ACTIVE
             if run is not None:
-                run.name_next_save(message["name"])
+                run.saves.order_named(message["name"])
         elif operation == "stacks":
             _print_stacks()
 
