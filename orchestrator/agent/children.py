@@ -89,6 +89,9 @@ def _start(
 
 def describe_exit(status: int) -> str:
     """CONTRACT's cause of a wait status: "signal:9" or "exit:3"."""
-    if os.WIFSIGNALED(status):
-        return f"signal:{os.WTERMSIG(status)}"
-    return f"exit:{os.waitstatus_to_exitcode(status)}"
+    return describe_code(os.waitstatus_to_exitcode(status))
+
+
+def describe_code(code: int) -> str:
+    """The same for an exit code as `subprocess` has it: negative for a signal."""
+    return f"signal:{-code}" if code < 0 else f"exit:{code}"

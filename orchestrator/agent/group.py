@@ -65,6 +65,10 @@ class GroupHost:
         self._draining = False
         self._started_told = False
         self._store = self._node.take_store(command["store"]["port"]) if command["store"]["mine"] else None
+        if command["store"]["mine"] and self._store is None:
+            why = "the process that hosts the attempt's store ended before the attempt began"
+            self._node.emit("StartFailed", attempt=self.attempt, why=why)
+            return
         try:
             parts = self._resume_parts(command["resume"])
         except KeyError as error:
@@ -114,7 +118,7 @@ class GroupHost:
         self._tell_started()
 
     def _tell_started(self) -> None:
-        if self._started_told or not all(worker.pid for worker in self.workers.values()):
+        if self._started_told or not all(worker.pid or worker.exited for worker in self.workers.values()):
             return
         self._started_told = True
         pids = [[rank, worker.pid] for rank, worker in self.workers.items()]
@@ -184,7 +188,7 @@ class GroupHost:
         self._node.emit("SaveStaged", rank=index, world_size=shares, **event, **extra)
         job = {"directory": self._directory(step, reason, name), "attempt": worker.attempt}
         item = {"fd": 0, "slot": part.slot, "index": index, "pieces": list(part.pieces)}
-        self._node.save({**job, "parts": [item]}, (part.segment.fd,), {**event, "shares": shares, "indices": [index]})
+        self._node.save({**job, "parts": [item]}, [part], {**event, "shares": shares, "indices": [index]})
 
     def _directory(self, step: int, reason: str, name: str) -> str:
         """Unique for every save of every driver, and the same on every node."""
@@ -196,15 +200,26 @@ class GroupHost:
     def exited(self, pid: int, status: int) -> None:
         """The zygote has reaped a process; if it was a worker that had not left, that is a failure."""
         worker = next((w for w in self.workers.values() if w.pid == pid), None)
-        if worker is None or worker.exited:
-            return
+        if worker is not None and not worker.exited:
+            self._gone(worker, children.describe_exit(status))
+
+    def all_exited(self, cause: str) -> None:
+        """The zygote has died, and every fork of it with it."""
+        if self._store is not None:
+            self._node.forget(self._store.spare.sock)
+            self._store = None
+        for worker in [worker for worker in self.workers.values() if not worker.exited]:
+            children.kill_group(worker.pid)
+            self._gone(worker, cause)
+        self._tell_started()
+
+    def _gone(self, worker: Worker, cause: str) -> None:
         worker.exited = True
         self._hear_the_rest(worker)
         if worker.left:
             self._after_answer()
             return
         if not worker.failed:
-            cause = children.describe_exit(status)
             step = max(0, worker.beat.words[RESUME_STEP])
             fields = {"cause": cause, "step": step, "at": time.monotonic(), "error": None, "alive": False}
             self._node.emit("WorkerFailed", attempt=worker.attempt, rank=worker.rank, **fields)
@@ -303,8 +318,8 @@ class GroupHost:
 
     def _persist(self, command: dict[str, Any]) -> None:
         """Write this node's picks of a choice to storage; `index` numbers all picks of all nodes."""
-        parts: list[dict[str, Any]] = []
-        descriptors: list[int] = []
+        items: list[dict[str, Any]] = []
+        parts: list[Part] = []
         event = {"attempt": command["attempt"], "step": command["step"], "reason": command["reason"], "name": ""}
         indices = [pick["index"] for pick in command["picks"]]
         try:
@@ -312,16 +327,15 @@ class GroupHost:
                 found = self._node.holdings.parts(pick["holder"], command["step"], pick["pieces"])
                 for number, part in enumerate(found):
                     index = pick["index"] if number == len(found) - 1 else None
-                    item = {"fd": len(descriptors), "slot": part.slot, "index": index, "pieces": list(part.pieces)}
-                    parts.append(item)
-                    descriptors.append(part.segment.fd)
+                    items.append({"fd": len(parts), "slot": part.slot, "index": index, "pieces": list(part.pieces)})
+                    parts.append(part)
         except KeyError as error:
             for index in indices:
                 self._node.emit("ShardLost", rank=index, why=str(error), **event)
             return
         job = {"directory": checkpoint_dir(command["step"], command["attempt"], f"{command['token']}{command['reason']}")}
         context = {**event, "shares": command["shares"], "indices": indices}
-        self._node.save({**job, "attempt": command["attempt"], "parts": parts}, tuple(descriptors), context)
+        self._node.save({**job, "attempt": command["attempt"], "parts": items}, parts, context)
 
     def _order(self, command: dict[str, Any]) -> None:
         for worker in self._survivors():
@@ -330,7 +344,8 @@ class GroupHost:
             else:
                 if command["name"]:
                     self._send(worker, {"op": "save", "name": command["name"]})
-                worker.beat.words[ORDER_SAVE] += 1
+                else:
+                    worker.beat.words[ORDER_SAVE] += 1
 
     def _release(self, command: dict[str, Any]) -> None:
         self._node.holdings.release(command["attempt"])

@@ -15,14 +15,15 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from orchestrator.agent import children
-from orchestrator.agent.children import Spare, StoreHost, Worker
+from orchestrator.agent.children import Spare, StoreHost
 from orchestrator.agent.group import GroupHost
-from orchestrator.agent.held import Holdings
+from orchestrator.agent.held import Holdings, Part
+from orchestrator.agent.lease import CHECK_EVERY_S, Lease, watch
 from orchestrator.agent.output import OutputTail
 from orchestrator.worker import wire
 
@@ -46,9 +47,20 @@ class AgentSettings:
     options: dict[str, Any]
     env: tuple[tuple[str, str], ...] = ()
     preload: tuple[str, ...] = ()
-    driver_pid: int = 0  # on this very machine, else 0
+    driver_pid: int = 0
+    driver_machine: str = ""  # `lease.machine_key` where that process is one
     drain_timeout_s: float = 10.0
     gpu_ids: tuple[str, ...] = ()
+
+
+@dataclass
+class _SaveJob:
+    """What the saver was asked for, until it has answered."""
+
+    message: dict[str, Any]
+    parts: list[Part]
+    context: dict[str, Any]
+    repeated: bool = False
 
 
 class NodeAgent:
@@ -69,24 +81,17 @@ class NodeAgent:
         self._spares: list[Spare] = []
         self._spare_count = 0
         self._stores: list[StoreHost] = []
-        self._jobs: dict[int, dict[str, Any]] = {}
+        self._jobs: dict[int, _SaveJob] = {}
         self._job_count = 0
+        self._lease = Lease()
         self.ready = threading.Event()
         os.makedirs(settings.log_dir, exist_ok=True)
-        log = os.open(os.path.join(settings.log_dir, f"{settings.name}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        env = dict(base_env)
-        self._zygote, self._zygote_sock = children.start_zygote(list(settings.preload), env, log)
-        self._saver, self._saver_sock = children.start_saver(env, log)
-        os.close(log)
+        self._start_zygote(list(settings.preload))
+        self._start_saver()
         self.output = OutputTail()
         self.group = GroupHost(self)
         self._register(self._wake_r, self._on_wake)
-        self._register(self._zygote_sock, self._on_zygote)
-        self._register(self._saver_sock, self._on_saver)
-        if settings.driver_pid:
-            with contextlib.suppress(OSError):
-                self._driver_fd = os.pidfd_open(settings.driver_pid)
-                self._selector.register(self._driver_fd, selectors.EVENT_READ, self.end)
+        self._watch_driver()
         self.prepare()
         self._thread = threading.Thread(target=self._run, name="agent", daemon=True)
 
@@ -106,8 +111,10 @@ class NodeAgent:
         with self._news:
             del self._events[: max(0, after - self._first_event)]
             self._first_event = max(self._first_event, after)
+            self._lease.renew()
             if not self._events:
                 self._news.wait(timeout_s)
+                self._lease.renew()
             return self._first_event + len(self._events), list(self._events)
 
     def emit(self, event: str, **fields: Any) -> None:
@@ -123,13 +130,14 @@ class NodeAgent:
             while True:
                 timeout = max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
                 for key, _ in self._selector.select(timeout):
-                    key.data()
+                    if self._selector.get_map().get(key.fd) is key:  # else closed by what was handled before it
+                        key.data()
                 while self._timers and self._timers[0][0] <= time.monotonic():
                     heapq.heappop(self._timers)[2]()
         except BaseException:
             import traceback
 
-            self.emit("AgentBroken", why=traceback.format_exc())
+            self.emit("AgentBroken", why=f"{self.settings.name}: {traceback.format_exc()}")
             self.group.kill()
             raise
 
@@ -184,7 +192,8 @@ class NodeAgent:
         ours, theirs = wire.pair()
         self._spare_count += 1
         spare = Spare(self._spare_count, ours)
-        wire.send(self._zygote_sock, {"op": "fork", "id": spare.number}, (theirs.fileno(),))
+        with contextlib.suppress(OSError):  # a dead zygote is noticed by its socket's end
+            wire.send(self._zygote_sock, {"op": "fork", "id": spare.number}, (theirs.fileno(),))
         theirs.close()
         return spare
 
@@ -194,7 +203,8 @@ class NodeAgent:
         listener.listen(1024)
         port = listener.getsockname()[1]
         spare = self._fork()
-        wire.send(spare.sock, {"op": "store", "port": port}, (listener.fileno(),))
+        with contextlib.suppress(OSError):
+            wire.send(spare.sock, {"op": "store", "host": self.settings.host, "port": port}, (listener.fileno(),))
         listener.close()
         self.emit("StoreReady", agent=self.settings.name, host=self.settings.host, port=port)
         return StoreHost(spare, port)
@@ -223,6 +233,7 @@ class NodeAgent:
         operation = message["op"]
         if operation == "ready":
             self.ready.set()
+            self._zygote_ready = True
             self.emit("AgentReady", agent=self.settings.name, modules=message["modules"], failed=message["failed"])
         elif operation == "dropped":
             self.emit("Notice", text=f"not preloaded, because a fork would not survive it: {', '.join(message['modules'])}")
@@ -243,23 +254,57 @@ class NodeAgent:
             self._spares.remove(spare)
             spare.sock.close()
             self.after(1.0, self.prepare)
+        if any(store.spare.pid == pid for store in self._stores):
+            self._drop_stores()
+            self.after(1.0, self.prepare)
         self.group.exited(pid, status)
 
+    def _drop_stores(self) -> None:
+        """The prepared stores are gone; an attempt that was told of one is told so by the driver or fails to connect."""
+        for store in self._stores:
+            children.kill_group(store.spare.pid)
+            store.spare.sock.close()
+        self._stores = []
+        self.emit("StoresGone", agent=self.settings.name)
+
+    def _start_zygote(self, preload: list[str]) -> None:
+        with self._log() as log:
+            self._zygote, self._zygote_sock = children.start_zygote(preload, dict(self.base_env), log)
+        self._preload = preload
+        self._zygote_ready = False
+        self._register(self._zygote_sock, self._on_zygote)
+
     def _zygote_lost(self) -> None:
+        """Start another one. All its forks ended with it; what they held in shared memory stays.
+
+        One that never got ready is started once more without the user's modules; without them it is a broken installation.
+        """
         self.forget(self._zygote_sock)
-        self.emit("AgentBroken", why=f"the zygote ended (status {self._zygote.wait()})")
-        self.group.kill()
+        cause = children.describe_code(self._zygote.wait())
+        if not self._zygote_ready and not self._preload:
+            raise RuntimeError(f"the process that forks the workers ended ({cause}) while it imported torch")
+        what = "forks the workers" if self._zygote_ready else f"imports {', '.join(self._preload)} for the workers"
+        self.emit("Notice", text=f"the process that {what} ended ({cause}); {self.settings.name} starts another one")
+        for spare in self._spares:
+            spare.sock.close()
+        self._spares = []
+        self._drop_stores()
+        self.group.all_exited(cause)
+        self._start_zygote(self._preload if self._zygote_ready else [])
+        self.prepare()
 
     # -- saver --------------------------------------------------------------------------------------------------------
 
-    def save(self, job: dict[str, Any], descriptors: tuple[int, ...], context: dict[str, Any]) -> None:
+    def save(self, job: dict[str, Any], parts: list[Part], context: dict[str, Any]) -> None:
         """Give the saver a job; `context` comes back with its answer as ShardPersisted or ShardLost."""
         self._job_count += 1
-        self._jobs[self._job_count] = context
-        try:
-            wire.send(self._saver_sock, {"op": "write", "id": self._job_count, "uri": self.settings.run_uri, **job}, descriptors)
-        except OSError as error:
-            self._answer(self._job_count, None, f"the saver process is gone: {error}")
+        message = {"op": "write", "id": self._job_count, "uri": self.settings.run_uri, **job}
+        self._jobs[self._job_count] = _SaveJob(message, parts, context)
+        self._send_job(self._jobs[self._job_count])
+
+    def _send_job(self, job: _SaveJob) -> None:
+        with contextlib.suppress(OSError):  # a dead saver is noticed by its socket's end
+            wire.send(self._saver_sock, job.message, tuple(part.segment.fd for part in job.parts))
 
     def _on_saver(self) -> None:
         received = wire.receive(self._saver_sock)
@@ -270,7 +315,7 @@ class NodeAgent:
         self._answer(message["id"], message.get("shards"), message.get("why", ""))
 
     def _answer(self, job: int, shards: list[dict[str, Any]] | None, why: str) -> None:
-        context = self._jobs.pop(job)
+        context = self._jobs.pop(job).context
         if shards is None:
             for rank in context.pop("indices"):
                 context.pop("shares", None)
@@ -281,17 +326,59 @@ class NodeAgent:
             self.emit("ShardPersisted", rank=shard["rank"], shard=shard, **context)
 
     def _saver_lost(self) -> None:
-        """Start another one; what the old one was writing is lost, and said to be."""
+        """Start another one. It gets the jobs of the old one once more; a job that kills two of them is given up."""
         self.forget(self._saver_sock)
-        self._saver.wait()
-        for job in list(self._jobs):
-            self._answer(job, None, "the saver process died")
-        self._saver, self._saver_sock = children.start_saver(dict(self.base_env), 2)
+        cause = children.describe_code(self._saver.wait())
+        for number, job in list(self._jobs.items()):
+            if job.repeated:
+                for part in job.parts:
+                    part.segment.unpin(part.slot)
+                self._answer(number, None, f"the saver process died twice over it, last by {cause}")
+        self._start_saver()
+        for job in self._jobs.values():
+            job.repeated = True
+            job.message["again"] = True
+            self._send_job(job)
+
+    def _start_saver(self) -> None:
+        with self._log() as log:
+            self._saver, self._saver_sock = children.start_saver(dict(self.base_env), log)
         self._register(self._saver_sock, self._on_saver)
+
+    @contextlib.contextmanager
+    def _log(self) -> Iterator[int]:
+        """The agent's own log, for its child processes; a full disk costs the log, not the agent."""
+        path = os.path.join(self.settings.log_dir, f"{self.settings.name}.log")
+        try:
+            log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        except OSError:
+            log = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            yield log
+        finally:
+            os.close(log)
+
+    # -- the driver ---------------------------------------------------------------------------------------------------
+
+    def _watch_driver(self) -> None:
+        """End with the driver: at once on its machine, elsewhere when it has not polled for the length of a lease."""
+        try:
+            descriptor = watch(self.settings.driver_pid, self.settings.driver_machine)
+        except ProcessLookupError:
+            self.end()
+        if descriptor is None:
+            self.after(CHECK_EVERY_S, self._check_lease)
+        else:
+            self._selector.register(descriptor, selectors.EVENT_READ, self.end)
+
+    def _check_lease(self) -> None:
+        if self._lease.lapsed:
+            self.end()
+        self.after(CHECK_EVERY_S, self._check_lease)
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
-    def end(self) -> None:
+    def end(self) -> NoReturn:
         """Leave nothing behind: workers, spares, zygote, saver, this process."""
         self.group.kill()
         for spare in [*self._spares, *(store.spare for store in self._stores)]:

@@ -69,6 +69,8 @@ def _write_part(
     store: Any, job: dict[str, Any], part: dict[str, Any], meta: dict[str, Any], head: dict[str, Any], segment: Segment
 ) -> dict[str, Any]:
     path = shard_path(job["directory"], part["index"])
+    if job.get("again"):
+        store.delete([path])  # a saver that was killed may have written it, and told nobody
     table = [TensorEntry.from_json(entry) for entry in meta["tensors"]]
     labels = {**meta, "rank": part["index"], "attempt": job["attempt"], "head": head, "tensors": []}
     data = segment.data(part["slot"])[: segment.data_bytes(part["slot"])]

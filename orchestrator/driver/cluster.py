@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -33,6 +34,7 @@ class AgentHandle:
         self.name, self.node, self.slots, self.actor, self.local = name, node, slots, actor, local
         self._group = group
         self._closed = False
+        self.joined = False  # it was ready once
 
     def send(self, commands: list[dict[str, Any]]) -> None:
         """Hand over commands; a dead agent is noticed by its poll."""
@@ -125,14 +127,19 @@ def connect(address: str, workers: int, cpus_per_worker: float, gpus_per_worker:
 
 @contextlib.contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Ray turns 127.0.0.1 into an address that others can reach and listens on all interfaces; here nobody should."""
+    """A cluster for this driver alone.
+
+    Ray turns 127.0.0.1 into an address that others can reach and listens on all interfaces; here nobody should. Its
+    processes get a session of their own: Ctrl-C and a closed terminal are the driver's business.
+    """
     services = ray._private.services
-    original = services.resolve_ip_for_localhost
+    resolve, popen = services.resolve_ip_for_localhost, services.ConsolePopen
     services.resolve_ip_for_localhost = lambda host: host
+    services.ConsolePopen = functools.partial(popen, start_new_session=True)
     try:
         yield
     finally:
-        services.resolve_ip_for_localhost = original
+        services.resolve_ip_for_localhost, services.ConsolePopen = resolve, popen
 
 
 def start_agent(

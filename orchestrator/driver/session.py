@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import secrets
-import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from orchestrator.control.events import SaveRequested
+from orchestrator.agent.lease import machine_key
+from orchestrator.agent.node import AgentSettings
 from orchestrator.control.machine import Machine
 from orchestrator.control.state import MachineConfig
 from orchestrator.driver.cluster import AgentHandle, Cluster, connect, start_agent
@@ -24,8 +25,8 @@ from orchestrator.driver.journal import Journal
 from orchestrator.driver.placing import NodeShare, place
 from orchestrator.driver.preload import libraries_of
 from orchestrator.driver.shell import Shell
-from orchestrator.agent.node import AgentSettings
-from orchestrator.errors import EXIT_INTERRUPTED, EXIT_SECOND_CTRL_C, EXIT_STOPPED, OrchestratorError, UsageError
+from orchestrator.driver.signals import Interrupted, Signals
+from orchestrator.errors import OrchestratorError, UsageError
 from orchestrator.spec import RunSpec
 from orchestrator.storage import layout
 from orchestrator.storage.commitlog import CommitLog
@@ -34,13 +35,6 @@ from orchestrator.storage.lock import RunLock, live_driver
 from orchestrator.storage.prune import sweep
 from orchestrator.storage.runs import NameChoice, RunIdentity, choose_name, open_or_create, script_identity
 from orchestrator.storage.store import local_path
-
-
-class _Interrupted(BaseException):
-    """A signal arrived before there was a loop to hear it."""
-
-    def __init__(self, exit_code: int) -> None:
-        self.exit_code = exit_code
 
 
 @dataclass
@@ -56,50 +50,6 @@ class Result:
     step_s: float = 0.0  # time of a step, as rank 0 last measured it
 
 
-class Signals:
-    """Handlers of the driver: before the loop runs a signal unwinds, afterwards it becomes an event."""
-
-    def __init__(self) -> None:
-        self.shell: Shell | None = None
-        self._interrupts = 0
-        self._previous: dict[int, Any] = {}
-
-    def install(self) -> None:
-        """Take the signals; called again after Ray has put its own handlers in."""
-        handlers = {
-            signal.SIGINT: self._person,
-            signal.SIGTERM: self._platform,
-            signal.SIGHUP: self._platform,
-            signal.SIGUSR1: self._platform,
-            signal.SIGUSR2: self._save,
-        }
-        for number, handler in handlers.items():
-            previous = signal.signal(number, handler)
-            self._previous.setdefault(number, previous)
-
-    def restore(self) -> None:
-        """Give them back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _person(self, *_: object) -> None:
-        self._interrupts += 1
-        if self._interrupts > 1:
-            raise _Interrupted(EXIT_SECOND_CTRL_C)
-        if self.shell is None:
-            raise _Interrupted(EXIT_STOPPED)
-        self.shell.interrupt("person")
-
-    def _platform(self, *_: object) -> None:
-        if self.shell is None:
-            raise _Interrupted(EXIT_INTERRUPTED)
-        self.shell.interrupt("platform")
-
-    def _save(self, *_: object) -> None:
-        if self.shell is not None:
-            self.shell.post_event(SaveRequested())
-
-
 def run_to_result(spec: RunSpec, console: ConsolePort, cluster: Cluster | None = None) -> Result:
     """As `run`, telling more of the end. An open `cluster` is used and left open."""
     if not sys.platform.startswith("linux"):
@@ -108,9 +58,13 @@ def run_to_result(spec: RunSpec, console: ConsolePort, cluster: Cluster | None =
     signals.install()
     try:
         with _opened(spec, console) as place_:
-            return _Launch(spec, console, place_, signals).run(cluster)
-    except _Interrupted as interrupted:
-        console.notice("interrupted before training began; nothing to save", "warning")
+            launch = _Launch(spec, console, place_, signals)
+            try:
+                return launch.run(cluster)
+            except Interrupted as interrupted:
+                return launch.interrupted(interrupted.exit_code)
+    except Interrupted as interrupted:
+        console.notice("interrupted before anything was started", "warning")
         return Result(interrupted.exit_code, Path(), 0, 0.0, 0, 0)
     finally:
         signals.restore()
@@ -179,6 +133,7 @@ class _Launch:
     def __init__(self, spec: RunSpec, console: ConsolePort, place_: Place, signals: Signals) -> None:
         self.spec, self.console, self.place, self.signals = spec, console, place_, signals
         self.started = time.monotonic()
+        self.shell: Shell | None = None
         self.log_dir = Path(spec.log_dir).resolve() if spec.log_dir else place_.directory / layout.LOGS
 
     def run(self, shared: Cluster | None) -> Result:
@@ -195,6 +150,20 @@ class _Launch:
         finally:
             if shared is None:
                 cluster.close()
+
+    def interrupted(self, exit_code: int) -> Result:
+        """A signal ended the launch where it stood: nothing was trained yet, or a second Ctrl-C would not wait."""
+        view = self.shell.view() if self.shell is not None else None
+        step = view.step if view is not None else 0
+        if view is None:
+            why = "interrupted before training began, so there is nothing to save"
+        else:
+            why = "a second Ctrl-C ended it without waiting; the next launch goes on from the newest checkpoint"
+        self.console.notice(why, "warning")
+        attempt = view.attempt if view is not None else 0
+        fields = {"attempt": attempt, "outcome": "stopped", "exit_code": exit_code, "step": step, "why": why}
+        self.place.journal.record("run_finished", fields)
+        return Result(exit_code, self.place.directory, step, 0.0, 0, 0)
 
     def _say_hello(self) -> None:
         spec = self.spec
@@ -234,13 +203,28 @@ class _Launch:
 
     def _with_agents(self, cluster: Cluster, shares: list[tuple[NodeShare, int]]) -> Result:
         agents: list[AgentHandle] = []
+        numbers = itertools.count()
         try:
-            for number, (node, slots) in enumerate(shares):
-                agents.append(self._agent(number, node, slots))
-            return self._serve(agents)
+            for node, slots in shares:
+                agents.append(self._agent(next(numbers), node, slots))
+
+            def replace_agent(lost: AgentHandle) -> AgentHandle:
+                agents.append(self._replacement(cluster, lost, next(numbers)))
+                return agents[-1]
+
+            return self._serve(agents, replace_agent)
         finally:
             for agent in agents:
                 agent.close()
+
+    def _replacement(self, cluster: Cluster, lost: AgentHandle, number: int) -> AgentHandle:
+        """An agent for as many ranks as the lost one had: on its node if that is alive, else where there is room."""
+        nodes = self._nodes(cluster)
+        able = [node for node in nodes if node.node_id == lost.node.node_id]
+        able += sorted((node for node in nodes if node.capacity >= lost.slots), key=lambda node: -node.capacity)
+        if not able:
+            raise OrchestratorError(f"no node has room for the {lost.slots} ranks of {lost.name}")
+        return self._agent(number, able[0], lost.slots)
 
     def _agent(self, number: int, node: NodeShare, slots: int) -> AgentHandle:
         spec = self.spec
@@ -261,7 +245,8 @@ class _Launch:
             options=self._worker_options(),
             env=self._environment(),
             preload=tuple(dict.fromkeys(preload)),
-            driver_pid=os.getpid() if local else 0,
+            driver_pid=os.getpid(),
+            driver_machine=machine_key(),
             drain_timeout_s=max(0.5, spec.drain_timeout_s - 0.5),
         )
         return start_agent(settings, node, spec.cpus_per_worker, spec.gpus_per_worker, spec.start_timeout_s)
@@ -287,7 +272,7 @@ class _Launch:
             env["OMP_NUM_THREADS"] = str(max(1, int(self.spec.cpus_per_worker)))
         return tuple((env | dict(self.spec.env)).items())
 
-    def _serve(self, agents: list[AgentHandle]) -> Result:
+    def _serve(self, agents: list[AgentHandle], replace_agent: Callable[[AgentHandle], AgentHandle]) -> Result:
         spec, place_ = self.spec, self.place
         log = place_.log
         checkpoints = log.checkpoints()
@@ -307,16 +292,15 @@ class _Launch:
         committer = Committer(log, place_.name, spec.retention, _versions(), lambda event, report: shell.committed(event, report))
         token = secrets.token_hex(4)
         shell = Shell(
-            Machine(config), agents, committer, place_.journal, self.console, place_.directory, token, spec.faults
+            Machine(config), agents, committer, place_.journal, self.console, place_.directory, token, spec.faults, replace_agent
         )
+        self.shell = shell
         committer.notice = lambda text: self.console.notice(text, "warning")
         place_.journal.record("run_started", {"run": place_.name, "driver_pid": os.getpid(), "spec": _plain(spec)})
-        self.signals.shell = shell
-        try:
-            finish = shell.run()
-        finally:
-            self.signals.shell = None
-        for agent in agents:
+        self.signals.serve(shell)
+        finish = shell.run()
+        self.signals.finished()
+        for agent in list(agents):
             agent.close()
         committer.close(60.0)
         shell.record_outcome()

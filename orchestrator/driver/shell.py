@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import queue
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from orchestrator.control import actions
 from orchestrator.control.events import (
@@ -28,14 +31,15 @@ from orchestrator.control.state import MachineView
 from orchestrator.driver import requests
 from orchestrator.driver.cluster import AgentHandle
 from orchestrator.driver.committer import CommitReport, Committer
+from orchestrator.driver.console import ConsolePort
 from orchestrator.driver.journal import Journal
 from orchestrator.driver.progress import ProgressBoard
 from orchestrator.driver.translate import to_event
-from orchestrator.errors import StorageError
-from orchestrator.driver.console import ConsolePort
+from orchestrator.errors import EXIT_FAILED, OrchestratorError, StorageError
 
 REQUESTS_EVERY_S = 0.2
 TRANSFER_TIMEOUT_S = 120.0
+REPLACE_EVERY_S = 1.0
 
 
 class Shell:
@@ -51,9 +55,11 @@ class Shell:
         directory: Path,
         token: str,
         faults: tuple[str, ...],
+        replace_agent: Callable[[AgentHandle], AgentHandle],
     ) -> None:
         self._machine, self._committer, self._journal, self._console = machine, committer, journal, console
         self._agents = {agent.name: agent for agent in agents}
+        self._replace_agent = replace_agent
         self._directory, self._token = directory, token
         self._faults = [json.loads(fault) for fault in faults]
         self._queue: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
@@ -129,15 +135,20 @@ class Shell:
                 return
 
     def _take(self, agent: str, message: Any) -> None:
+        if isinstance(message, AgentHandle):
+            self._add_agent(message)
+            return
         if not isinstance(message, dict):
             if isinstance(message, Committed) and message.ok:
                 self._record_commit(message)
             self._step(message)
             return
+        if agent not in self._agents:
+            return  # what an agent that was given up still said
         handler = getattr(self, f"_on_{message['event']}", None)
         if handler is not None:
             handler(agent, message)
-        if self._agents[agent].local is False and "at" in message:
+        if agent in self._agents and self._agents[agent].local is False and "at" in message:
             message["at"] = time.monotonic()  # another machine's clock
         event = to_event(message)
         if event is not None:
@@ -169,13 +180,51 @@ class Shell:
         for name, why in message["failed"].items():
             self._console.notice(f"{name} could not be preloaded: {why}", "warning")
         handle = self._agents[agent]
+        if handle.joined:
+            return  # its zygote was started anew
+        handle.joined = True
         self._step(AgentJoined(agent, handle.node.address, handle.slots))
 
     def _on_AgentLost(self, agent: str, message: dict[str, Any]) -> None:
-        self._step(AgentLost(agent, message["why"], message["at"]))
+        self._give_up_agent(agent, message["why"], message["at"])
 
     def _on_AgentBroken(self, agent: str, message: dict[str, Any]) -> None:
-        self._step(AgentLost(agent, message["why"], time.monotonic()))
+        self._give_up_agent(agent, message["why"], time.monotonic())
+
+    def _give_up_agent(self, agent: str, why: str, at: float) -> None:
+        """The machine is told, and another agent is started in its place. One that never came up ends the run."""
+        handle = self._agents.pop(agent)
+        self._stores.pop(agent)
+        handle.close()
+        if not handle.joined:
+            text = f"{agent} on {handle.node.address} could not start: {why.strip()}; see its log beside those of the ranks"
+            self._console.failure(text)
+            self._finish(actions.Finish("failed", EXIT_FAILED, self._machine.view().step, text.splitlines()[0]))
+            return
+        self._step(AgentLost(agent, why, at))
+        if self.finish is None:
+            threading.Thread(target=self._replace, args=(handle,), name=f"replace-{agent}", daemon=True).start()
+
+    def _replace(self, lost: AgentHandle) -> None:
+        """Try until there is one; the machine ends the run if that takes too long."""
+        told = ""
+        while self.finish is None:
+            try:
+                self._queue.put(("", self._replace_agent(lost)))
+                return
+            except (OrchestratorError, RayError) as error:
+                if str(error) != told:
+                    told = str(error)
+                    self._console.notice(f"no agent in place of {lost.name} yet: {told}", "warning")
+            time.sleep(REPLACE_EVERY_S)
+
+    def _add_agent(self, handle: AgentHandle) -> None:
+        self._agents[handle.name] = handle
+        self._stores[handle.name] = []
+        handle.follow(self.post)
+
+    def _on_StoresGone(self, agent: str, message: dict[str, Any]) -> None:
+        self._stores[agent] = []
 
     def _on_StoreReady(self, agent: str, message: dict[str, Any]) -> None:
         self._stores[agent].append((message["host"], message["port"]))
@@ -274,7 +323,11 @@ class Shell:
                 arguments = (offer.holder, action.resume.step, sorted(pieces))
                 slots = self._agents[offer.agent].actor.fetch.remote(*arguments)
                 receiver = self._agents[agent].actor.receive
-                ray.get(receiver.remote(offer.holder, action.resume.step, slots), timeout=TRANSFER_TIMEOUT_S)
+                try:
+                    ray.get(receiver.remote(offer.holder, action.resume.step, slots), timeout=TRANSFER_TIMEOUT_S)
+                except RayError as error:  # the agent that lacks it says so when it is told to start
+                    why = str(error).strip().splitlines()[-1][:300]
+                    self._console.notice(f"{offer.holder} could not be brought to {agent}: {why}", "warning")
 
     def _drain(self, action: actions.Drain) -> None:
         self._send_all({"op": "drain", "attempt": action.attempt})

@@ -63,7 +63,7 @@ def _serve_store(sock: socket.socket, listen_fd: int, message: dict[str, Any]) -
     from torch.distributed import TCPStore
 
     store = TCPStore(
-        "127.0.0.1", message["port"], is_master=True, wait_for_workers=False, master_listen_fd=listen_fd
+        message["host"], message["port"], is_master=True, wait_for_workers=False, master_listen_fd=listen_fd
     )
     while wire.receive(sock) is not None:
         pass

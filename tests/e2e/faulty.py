@@ -127,7 +127,8 @@ if hasattr(run.saver, "stage"):
         return done
 
     run.saver.stage = staging
-for x, y in run.batches(Data(), batch_size=24, max_steps=int(os.environ.get("STEPS", 60)), num_workers=int(os.environ.get("LOADERS", 0))):
+steps, loaders = int(os.environ.get("STEPS", 60)), int(os.environ.get("LOADERS", 0))
+for x, y in run.batches(Data(), batch_size=24, max_steps=steps, num_workers=loaders):
     step = run.step
     at("body")
     while os.environ.get("HOLD") and step >= int(os.environ["HOLD"]) and not (MARKS / "go").exists():
@@ -153,7 +154,9 @@ print("finished at", run.step, flush=True)
 """
 
 
-def start(launcher: Launcher, name: str, faults: list[dict[str, Any]], *options: str, workers: int = 2, **env: str) -> Launch:
+def start(
+    launcher: Launcher, name: str, faults: list[dict[str, Any]], *options: str, workers: int = 2, **env: str
+) -> Launch:
     """Launch run `name` with these faults."""
     launcher.script(SCRIPT)
     marks = launcher.cwd / f"marks-{name}"
