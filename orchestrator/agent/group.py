@@ -33,6 +33,7 @@ class GroupHost:
         self._start: dict[str, Any] = {}
         self._store: StoreHost | None = None
         self._started_told = True
+        self._told: set[str] = set()
         self._draining = False
         self._election: dict[str, Any] = {}
         self._elected: set[int] = set()
@@ -150,7 +151,10 @@ class GroupHost:
         self._node.emit("Facts", attempt=worker.attempt, **message)
 
     def _worker_notice(self, worker: Worker, message: wire.Message, descriptors: list[int]) -> None:
-        self._node.emit("Notice", **message)
+        """What ranks tell the user is told once, however many ranks and attempts say it."""
+        if message["text"] not in self._told:
+            self._told.add(message["text"])
+            self._node.emit("Notice", **message)
 
     def _worker_fault(self, worker: Worker, message: wire.Message, descriptors: list[int]) -> None:
         self._node.emit("FaultFired", attempt=worker.attempt, rank=worker.rank, **message)

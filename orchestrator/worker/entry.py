@@ -177,6 +177,10 @@ def _complete(ours: WorkerContext) -> None:
     if active is not None:
         active.complete()
         return
+    if ours.attempt > 1:
+        from orchestrator.worker.salvage import OWN_CHECKPOINTS
+
+        ours.tell({"op": "notice", "text": OWN_CHECKPOINTS})
     ours.tell({"op": "finished", "step": 0, "trained": -1, "why": "the script never called orchestrator.init()"})
 
 

@@ -9,12 +9,19 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed
+
 from orchestrator.worker import run as run_module
 from orchestrator.worker import wire
 from orchestrator.worker.context import WorkerContext
 
 if TYPE_CHECKING:
     from orchestrator.worker.run import Run
+
+OWN_CHECKPOINTS = (
+    "The script joined its process group without orchestrator.init(): the whole group starts again from the script's "
+    "beginning, and its own checkpoints count. With init() and track() a lost worker costs no step."
+)
 
 
 class SideThread(threading.Thread):
@@ -62,6 +69,8 @@ class SideThread(threading.Thread):
         if run is not None and run.salvageable:
             clean = run.guard.settle(time.monotonic() + message["deadline_s"])
         step = run.guard.resume_step if run is not None else -1
+        if run is None and torch.distributed.is_initialized():
+            self._context.tell({"op": "notice", "text": OWN_CHECKPOINTS})
         self._context.tell({"op": "offer", "clean": clean, "step": step})
 
     def _salvage(self, message: dict[str, Any]) -> None:

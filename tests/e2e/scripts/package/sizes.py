@@ -1,0 +1,3 @@
+"""Something to import from beside the module."""
+
+WIDTH = 4
