@@ -63,6 +63,13 @@ class _Listener:
         self.last_line = line.strip() or self.last_line
         self.console.rank0(line)
 
+    def header(self, facts: Mapping[str, Any]) -> None:
+        if facts.get("run") is not None:
+            known = {key: value for key, value in facts.items() if key != "command"}
+            again = {"continue": "a run of chaos is never continued", "anew": "the same command: it makes new runs"}
+            facts = {**known, **again}
+        self.console.header(facts)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.console, name)
 

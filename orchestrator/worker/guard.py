@@ -34,6 +34,8 @@ class Guard:
 
     def pre_step(self, optimizer: Any) -> None:
         """An optimizer is about to change parameters."""
+        if self._context is not None and self._context.poisoned:
+            park()  # before the word below: a side thread that copies right now must not see it move
         was_dirty, self.dirty = self.dirty, True
         if self._context is not None:
             self._context.beat.words[DIRTY] = 1
