@@ -19,6 +19,7 @@ class ErrorInfo:
 
     `secondary` is true for exceptions that only tell of another rank's death (a lost gloo or NCCL connection).
     `setup` is true if the exception came before `init()` returned or while the group was being formed.
+    `unseen` is true if the script formed its group without us: how far it had got is not known.
     """
 
     type: str
@@ -27,6 +28,7 @@ class ErrorInfo:
     frame: str = ""
     secondary: bool = False
     setup: bool = False
+    unseen: bool = False
     log_path: str = ""
     exit_code: int | None = None  # a refusal (UsageError 2, ConfigRefused 78) raised by our own API: never retried
 

@@ -122,7 +122,8 @@ def _refuse(
     code = refusal_code(root)
     if code is not None:
         return GiveUp(code, describe(root))
-    if is_user_exception(root) and not attempted.trained:
+    unseen = root.error is not None and root.error.unseen
+    if is_user_exception(root) and not attempted.trained and not unseen:
         why = f"{describe(root)}; it came before the first step of this launch, so it is not retried"
         return GiveUp(EXIT_FAILED, why)
     if is_programs_own(root, before.previous):

@@ -94,12 +94,15 @@ def find(run: RunStore, selector: str | Selector | None = None) -> CheckpointRec
 
 
 def _best(run: RunStore, records: list[CheckpointRecord]) -> CheckpointRecord:
+    own = [record for record in records if record.name == "best"]
+    if own:
+        return own[-1]
     config = read_manifest(run.store, records[-1]).config
     metric, mode = _best_rule(config.get("keep_best"))
     if not metric:
         known = sorted({name for record in records for name in record.metrics})
         raise UsageError(
-            f"Run {run.address.name!r} was launched without --keep-best, so no checkpoint is its best; use @last or "
+            f"Run {run.address.name!r} was launched without --keep-best and saved nothing as "best", so no checkpoint is its best; use @last or "
             f"@STEP. Metrics in its checkpoints: {', '.join(known) or 'none'}."
         )
     found = best(records, 1, metric, mode)

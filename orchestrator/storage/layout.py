@@ -85,8 +85,11 @@ def check_run_name(name: str) -> str:
 
 
 def check_save_name(name: str) -> str:
-    """Returns `name`. Raises UsageError if `RUN@name` could not address a checkpoint of that name."""
-    if name in ("last", "best") or name.isdigit():
+    """Returns `name`. Raises UsageError if `RUN@name` could not address a checkpoint of that name.
+
+    "best" may be a script's own: `RUN@best` is then the newest one of that name, else what `--keep-best` says.
+    """
+    if name == "last" or name.isdigit():
         raise UsageError(f"`run.save({name!r})`: RUN@{name} already means something else; choose another name.")
     if len(name) > MAX_NAME or not _NAME.fullmatch(name):
         raise UsageError(f"`run.save({name[:40]!r})`: a name is up to {MAX_NAME} letters, digits and _ . + = , -")

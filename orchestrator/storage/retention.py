@@ -37,7 +37,8 @@ def _rules(checkpoints: Sequence[CheckpointRecord], retention: Retention) -> Ite
     if retention.keep_bytes is not None:
         yield "bytes", _within(checkpoints, retention.keep_bytes)
     yield "final", [index for index, record in enumerate(checkpoints) if record.reason == "final"]
-    yield "named", [index for index, record in enumerate(checkpoints) if record.name]
+    # RUN@name means the newest of that name, so the older ones are like any other checkpoint.
+    yield "named", sorted({record.name: index for index, record in enumerate(checkpoints) if record.name}.values())
 
 
 _MEASURES: dict[str, Callable[[CheckpointRecord], float]] = {

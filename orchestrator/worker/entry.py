@@ -184,11 +184,21 @@ def _complete(ours: WorkerContext) -> None:
     ours.tell({"op": "finished", "step": 0, "trained": -1, "why": "the script never called orchestrator.init()"})
 
 
+def _trains_without_us() -> bool:
+    """Whether the script formed its process group by itself, as scripts for torchrun do."""
+    import torch.distributed
+
+    from orchestrator.worker import run as run_module
+
+    return run_module.ACTIVE is None and torch.distributed.is_initialized()
+
+
 def _failed(ours: WorkerContext, error: BaseException, cause: str) -> None:
     """Report and stand still: this rank's state may be the one that survives."""
     if ours.poisoned and report.is_lost_peer(error):
         park()
     description = report.describe(error, ours.log_path)
+    description["unseen"] = _trains_without_us()
     traceback.print_exception(type(error), error, report.user_part(error.__traceback__))
     sys.stdout.flush()
     sys.stderr.flush()

@@ -41,15 +41,15 @@ def test_module_form_with_torchruns_arguments_and_variables(launcher: Launcher) 
     words = ["--nnodes", "1", "--nproc_per_node=2", "--standalone", "--max-restarts", "4", "-m", "package.train"]
     launch = launcher.run("--run-name", "train", *words, "--width", "3")
     assert "--standalone" in launch.output  # ignored, and said to be
-    for attempt in (1, 2):
+    for attempt in (1, 2, 3):
         for rank in (0, 1):
             assert (
                 f"rank {rank} of 2 sum [3.0, 3.0, 3.0, 3.0] numbers [{rank}, 2, 0, 1, {rank}, 2] restarts {attempt - 1} of 4 "
                 "run train elastic True name __main__ package package arguments ['--width', '3']"
             ) in launch.log(attempt, rank)
-    assert [(e["rank"], e["cause"]) for e in launch.events("worker_failed") if e["root"]] == [(1, "exit:3")]
+    assert [(e["rank"], e["cause"]) for e in launch.events("worker_failed") if e["root"]] == [(1, "exit:3"), (0, "exception")]
     for rank in (0, 1):
-        assert f"rank {rank} done" in launch.log(2, rank) and f"rank {rank} done" not in launch.log(1, rank)
+        assert f"rank {rank} done" in launch.log(3, rank) and f"rank {rank} done" not in launch.log(2, rank)
     assert launch.output.count(TOLD) == 1, launch.output
 
 

@@ -49,7 +49,7 @@ for epoch in run.epochs(30):
     run.state.setdefault("history", []).append([epoch, val_loss, optimizer.param_groups[0]["lr"]])
     if val_loss < run.state.get("best", float("inf")):
         run.state.update(best=val_loss, since=0)
-        run.save("lowest")
+        run.save("best")
     else:
         run.state["since"] += 1
     if run.state["since"] >= 3:

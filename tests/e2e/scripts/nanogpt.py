@@ -100,7 +100,7 @@ for iter_num in loop:
         strike("evaluated", run.rank, run.step)
         if losses["val"] < run.state.get("best_val_loss", 1e9):
             run.state["best_val_loss"] = losses["val"]
-            run.save("lowest")
+            run.save("best")
     for micro_step in range(gradient_accumulation_steps):
         if how == "loop":
             model.require_backward_grad_sync = micro_step == gradient_accumulation_steps - 1

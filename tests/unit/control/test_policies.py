@@ -8,6 +8,7 @@ from orchestrator.control.events import ErrorInfo, WorkerFailed
 from orchestrator.control.policies import Attempted, FailureHistory, GiveUp, Restart, RestartPolicy, decide
 
 USER = ErrorInfo("ValueError", "bad batch", frame="train.py:31 in step")
+UNSEEN = ErrorInfo("ValueError", "bad sample", frame="train.py:3 in f", unseen=True)
 PLAIN = RestartPolicy(max_restarts=3, base_s=1.0, cap_s=5.0, jitter=0.0)
 
 
@@ -69,6 +70,11 @@ def run(policy: RestartPolicy, attempts: list[Attempted]) -> list[str]:
             "an exception before the first step of the launch is not retried",
             [attempt("exception", 5, USER, trained=False)],
             ["exit 1"],
+        ),
+        (
+            "one in a script of its own ways is, until it repeats",
+            [attempt("exception", 0, UNSEEN, trained=False)] * 2,
+            ["0.0", "exit 1"],
         ),
         ("a signal before the first step is", [attempt("signal:9", 0, trained=False)], ["0.0"]),
         (

@@ -81,8 +81,12 @@ def test_the_best_one(store: LocalStore) -> None:
     commit(store, 50, config={"keep_best": "1:loss:max"}, metrics={"acc": 1.0})
     assert find(open_run(f"{store.root}@best")).step == 10
     commit(store, 60, config={}, metrics={"acc": 1.0})
-    with pytest.raises(UsageError, match="launched without --keep-best.*Metrics in its checkpoints: acc, loss"):
+    with pytest.raises(UsageError, match="launched without --keep-best and saved.*Metrics in its checkpoints: acc, loss"):
         find(open_run(f"{store.root}@best"))
+    for step in (70, 80):
+        commit(store, step, name="best", config=config, metrics={"loss": 9.0})
+    commit(store, 90, config=config, metrics={"loss": 0.0})
+    assert find(open_run(f"{store.root}@best")).step == 80  # the script's own word counts
 
 
 def test_runs_that_are_not_there(store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,12 @@ def test_final_and_named_ones_always_stay() -> None:
     assert kept == [("final",), ("named",), (), ("last",)]
 
 
+def test_of_one_name_the_newest_stays() -> None:
+    given = [record(1, name="best"), record(2, name="v1"), record(3, name="best"), record(4), record(5)]
+    kept = [kept_by for _, kept_by in plan(given, Retention(keep_last=1))]
+    assert kept == [(), ("named",), ("named",), (), ("last",)]
+
+
 def test_best_by_metric() -> None:
     given = [
         record(1, acc=0.5), record(2, acc=0.9), record(3, acc=math.nan), record(4), record(5, acc=0.9),

@@ -262,7 +262,7 @@ def accumulation(rank: int, world: int) -> dict[str, Any]:
 
 
 def counted_passes(rank: int, world: int) -> list[bool]:
-    """Three passes a step, and a callback that turns the exchange on for the third: whether it was exchanged after each."""
+    """Three passes, and a callback that turns the exchange on for the third: was it exchanged after each?"""
     strategy, passes, seen = DdpStrategy(), [0], []
     model = strategy.wrap(nn.Linear(2, 1), CPU)
 

@@ -28,6 +28,8 @@ def main():
     dist.barrier()
     if rank == 1 and restarts == 0:
         sys.exit(3)
+    if rank == 0 and restarts == 1:
+        raise OSError("a disk hiccuped")
     dist.barrier()
     dist.destroy_process_group()
     print(f"rank {rank} done", flush=True)
