@@ -199,8 +199,6 @@ class Machine(Aftermath):
         last = max(stepped.at for stepped in attempt.stepped.values())
         fields = outage.report(attempt.resume_step, last, workers)
         self._record("recovered", **fields)
-        seconds, lost = cast(float, fields["recovery_s"]), fields["lost_steps"]
-        self._tell(f"recovered in {seconds:.2f} s, {lost} steps lost; every rank is past step {attempt.resume_step}")
 
     def _progress(self, event: Progress, now: float) -> None:
         cast(Attempt, self._attempt).saw(event.step)
