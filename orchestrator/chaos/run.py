@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 
 CALM = "-calm"
 _SHOWN = 5
+_SLOWER = 10  # as slow as this may a run with faults be before it counts as hung: others may keep the cores busy
 
 
 def main(spec: RunSpec, fault_specs: list[str], console: ConsolePort) -> int:
@@ -81,6 +86,7 @@ class _Chaos:
     console: ConsolePort
     cluster: Cluster
     _last_line: str = field(default="", init=False)
+    _hung: bool = field(default=False, init=False)
 
     def run(self) -> int:
         storage = Path(local_path(self.spec.storage))
@@ -90,12 +96,13 @@ class _Chaos:
             return found
         faults = schedule(self.parsed, found.calm)
         self.console.notice(f"chaos: now `{name}`, the same with {human_count(len(faults), 'fault')}")
-        result = self._launch(disturbed_spec(self.spec, name, faults, found.calm))
+        with self._deadline(limit_s(found.calm, len(faults))):
+            result = self._launch(disturbed_spec(self.spec, name, faults, found.calm))
         costs = read_costs(result.directory, faults) if result.directory != Path() else {}
         self._report(faults, costs)
         if result.exit_code != EXIT_COMPLETED:
             self.console.notice(f"chaos: the run with faults did not complete (exit {result.exit_code})", "error")
-            return result.exit_code
+            return EXIT_FAILED if self._hung else result.exit_code
         return self._verdict(found, result, faults, costs)
 
     # -- runs -----------------------------------------------------------------------------------------------------
@@ -105,6 +112,24 @@ class _Chaos:
         result = run_to_result(spec, listener, self.cluster)
         self._last_line = listener.last_line
         return result
+
+    @contextmanager
+    def _deadline(self, limit: float) -> Iterator[None]:
+        """A run that never ends is what chaos looks for: it is stopped as a platform would, and counts as failed."""
+
+        def stop() -> None:
+            self._hung = True
+            text = f"chaos: no end within {human_seconds(limit)}, so something hangs; stopping it"
+            self.console.notice(text, "error")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        timer = threading.Timer(limit, stop)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _undisturbed(self, storage: Path, name: str) -> Reference | int:
         """The reference, or the exit code of an undisturbed run that did not complete."""
@@ -201,6 +226,11 @@ def disturbed_spec(spec: RunSpec, name: str, faults: tuple[Fault, ...], calm: Un
     saves = {fault.step for fault in faults if fault.moment == "save" and 0 < fault.step < calm.steps}
     encoded = tuple(fault.to_json() for fault in faults)
     return replace(spec, run_name=name, faults=encoded, save_at=tuple(sorted({*spec.save_at, *saves})))
+
+
+def limit_s(calm: Undisturbed, faults: int) -> float:
+    """Seconds that a run with this many faults may take."""
+    return 60.0 + _SLOWER * (calm.steps * calm.step_s + 2.0 * faults)
 
 
 def read_costs(directory: Path, faults: tuple[Fault, ...]) -> dict[str, Cost]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from orchestrator.chaos import reference, run
 from orchestrator.chaos.faults import Fault, Undisturbed
 from orchestrator.chaos.reference import Reference
-from orchestrator.chaos.run import Cost, disturbed_spec, fault_line, fresh_name, read_costs
+from orchestrator.chaos.run import Cost, disturbed_spec, fault_line, fresh_name, limit_s, read_costs
 from orchestrator.errors import UsageError
 from orchestrator.spec import RunSpec
 
@@ -66,6 +68,26 @@ def test_costs_are_those_of_the_recovery_that_follows(tmp_path: Path) -> None:
         "kill of rank 1 at any moment of step 5: nothing had to recover",
         "kill of rank 1 at any moment of step 5: did not strike",
     ]
+
+
+def test_a_run_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, signals = [], []
+    struck = threading.Event()
+
+    class Console:
+        def notice(self, text: str, level: str = "info") -> None:
+            said.append((text, level))
+
+    monkeypatch.setattr(run.os, "kill", lambda pid, number: (signals.append(number), struck.set()))
+    chaos = run._Chaos(RunSpec("train.py"), [], Console(), None)  # type: ignore[arg-type]
+    with chaos._deadline(600.0):
+        pass
+    assert not chaos._hung
+    with chaos._deadline(0.0):
+        assert struck.wait(10)
+    assert (chaos._hung, signals) == (True, [signal.SIGTERM])
+    assert said == [("chaos: no end within 0.00 s, so something hangs; stopping it", "error")]
+    assert limit_s(CALM, 5) == 170.0
 
 
 def test_the_reference_is_kept_for_one_program(tmp_path: Path) -> None:
