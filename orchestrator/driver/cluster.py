@@ -104,6 +104,22 @@ def connect(address: str, workers: int, cpus_per_worker: float, gpus_per_worker:
     """Start a cluster for this run (`local`) or join the one at `address`. Raises UsageError if there is none."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    with _signals_left_alone():
+        return _connect(address, workers, cpus_per_worker, quiet)
+
+
+@contextlib.contextmanager
+def _signals_left_alone() -> Iterator[None]:
+    """Ray's own handler would end this process with exit code 15 in the middle of its start."""
+    original = ray._private.utils.set_sigterm_handler
+    ray._private.utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray._private.utils.set_sigterm_handler = original
+
+
+def _connect(address: str, workers: int, cpus_per_worker: float, quiet: dict[str, Any]) -> Cluster:
     if address == "local":
         cores = os.cpu_count() or 1
         cpus = max(cores, int(workers * cpus_per_worker + 0.999) + 1)

@@ -47,6 +47,8 @@ def strike(what):
         sys.exit(int(what.split()[1]))
     elif what.startswith("os._exit"):
         os._exit(int(what.split()[1]))
+    elif what == "wait":
+        time.sleep(600)
     elif what == "memory":
         raise MemoryError("no room")
     else:
@@ -155,15 +157,16 @@ print("finished at", run.step, flush=True)
 
 
 def start(
-    launcher: Launcher, name: str, faults: list[dict[str, Any]], *options: str, workers: int = 2, **env: str
-) -> Launch:
-    """Launch run `name` with these faults."""
+    launcher: Launcher, name: str, faults: list[dict[str, Any]], *options: str, workers: int = 2, own_group: bool = False,
+    **env: str
+) -> Launch:  # fmt: skip
+    """Launch run `name` with these faults. `own_group`: as a shell starts it, in a process group of its own."""
     launcher.script(SCRIPT)
     marks = launcher.cwd / f"marks-{name}"
     marks.mkdir(exist_ok=True)
     (marks / "faults.json").write_text(json.dumps(faults))
     told = [word for key, value in {"MARKS": str(marks), **env}.items() for word in ("--env", f"{key}={value}")]
-    return launcher.start("--workers", str(workers), "--run-name", name, *told, *options, "train.py", run=name)
+    return launcher.start("--workers", str(workers), "--run-name", name, *told, *options, "train.py", run=name, own_group=own_group)
 
 
 def change(launch: Launch, faults: list[dict[str, Any]]) -> None:

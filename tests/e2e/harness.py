@@ -128,7 +128,8 @@ class Launcher:
         return path
 
     def start(
-        self, *arguments: str, run: str = "train", command: str = "launch", address: str | None = None, **env: str
+        self, *arguments: str, run: str = "train", command: str = "launch", address: str | None = None,
+        own_group: bool = False, **env: str
     ) -> Launch:
         """`orchestrator launch ARGUMENTS` in the background; `run` is the run's name, for finding its directory."""
         where = address if address is not None else self.address
@@ -138,7 +139,7 @@ class Launcher:
         with output.open("w") as stream:
             process = subprocess.Popen(
                 words, cwd=self.cwd, env=clean_env(**env), stdout=stream, stderr=subprocess.STDOUT, text=True,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL, start_new_session=own_group,
             )  # fmt: skip
         launch = Launch(process, self.cwd / "runs" / run, output)
         self._started.append(launch)
