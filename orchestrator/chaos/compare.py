@@ -52,7 +52,8 @@ def compare(one: Path, other: Path) -> Comparison:
     missing = sorted(tensors_a.keys() ^ tensors_b.keys())
     common = sorted(tensors_a.keys() & tensors_b.keys())
     differing = [name for name in common if not same_bits(tensors_a[name], tensors_b[name])]
-    heads = different_paths(*({key: manifest.state.get(key) for key in STATE_KEYS} for manifest in (a, b)))
+    head_a, head_b = ({key: manifest.state.get(key) for key in STATE_KEYS} for manifest in (a, b))
+    heads = different_paths(head_a, head_b)
     size = sum(tensors_a[name].numel() * tensors_a[name].element_size() for name in common)
     return Comparison(len(common), size, (*missing, *differing, *heads))
 

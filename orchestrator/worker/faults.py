@@ -60,7 +60,7 @@ def _reached(fault: dict[str, Any], place: str, step: int) -> bool:
     if moment == "save":
         # A run that went on beyond the step may never save again: then a copy to memory has to do.
         return place == ("copying" if offset < 0.5 else "staged") or (place == "snapshot" and step > fault["step"])
-    return place == {"any": "step", "backward": "forward"}.get(moment, moment)
+    return bool(place == {"any": "step", "backward": "forward"}.get(moment, moment))
 
 
 def _begin(fault: dict[str, Any], place: str, subject: Any) -> None:
