@@ -72,6 +72,8 @@ class OptimizerItem:
     def _current(self) -> bool:
         return (
             not self._volatile
+            and self._value.state is self._roots[0]  # load_state_dict makes both anew
+            and self._value.param_groups is self._roots[1]
             and all(holder.get(key) is value for holder, key, value in self._slots)
             and all(len(holder) == size for holder, size in self._sizes)
         )
@@ -79,6 +81,7 @@ class OptimizerItem:
     def _refresh(self) -> None:
         self._slots, self._sizes, self._volatile = [], [], False
         self._tensors: Named = []
+        self._roots = (self._value.state, self._value.param_groups)
         names = self._owners()
         self._sizes.append((self._value.param_groups, len(self._value.param_groups)))
         self._sizes.append((self._value.state, len(self._value.state)))

@@ -22,7 +22,7 @@ class RunState(TrackedState):
         super().__init__(rank)
         self.replaces_tensors = False  # some optimizer makes its state anew at every step
         self._versioned: list[torch.Tensor] = []
-        self._layout: tuple[int, ...] = ()
+        self._layout: tuple[Any, ...] = ()
         self._generation = 0
         self._torch_optimizers: list[torch.optim.Optimizer] = []
         self._held_objects: list[ObjectItem] = []
@@ -70,10 +70,11 @@ class RunState(TrackedState):
     def mutable_versions(self, deep: bool = False) -> tuple[int, int]:
         """Changes whenever a parameter, optimizer state or tracked tensor was written or replaced; an EMA's shadow too.
 
-        Every boundary asks, so the list of tensors is kept between calls, as long as no optimizer has grown. `deep` (once
-        a failure) looks whether the tensors still are the very ones.
+        Every boundary asks, so the list of tensors is kept between calls, as long as no optimizer has grown or
+        loaded. `deep` (once a failure) looks whether the tensors still are the very ones.
         """
-        layout = (len(self._items), self._names.version, *(len(o.state) for o in self._torch_optimizers))
+        states = [(id(o.state), len(o.state)) for o in self._torch_optimizers]  # load_state_dict makes a new dict
+        layout = (len(self._items), self._names.version, *states)
         if deep or self.replaces_tensors or layout != self._layout:
             fresh = [tensor for item in self._items.values() if not item.small for _, tensor in item.tensors()]
             same = len(fresh) == len(self._versioned) and all(map(operator.is_, fresh, self._versioned))
