@@ -192,7 +192,7 @@ class SaveBook:
         """The save to commit now, or None. An older save that nothing newer can replace is waited for."""
         if self._in_flight is not None or not self._open:
             return None
-        for key in sorted(self._open):
+        for key in sorted(self._open, key=lambda key: (key.step, key.attempt, key.reason == "final", key)):
             save = self._open[key]
             if save.whole:
                 self._in_flight = save
@@ -217,7 +217,8 @@ class SaveBook:
         self._settle(save.key)
         self.committed_step = save.key.step
         for other in list(self._open.values()):
-            if other.key.step < save.key.step:
+            same = other.key.step == save.key.step and other.key.reason in REPLACEABLE and not other.key.name
+            if other.key.step < save.key.step or same:
                 self._drop(other, f"step {save.key.step} was committed before it was whole", lost=False)
         return True
 
