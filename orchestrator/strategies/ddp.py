@@ -72,7 +72,14 @@ class DataParallel(DistributedDataParallel):
         exchange = self.__dict__.get("_exchange")
         if exchange is not None and torch.is_grad_enabled():
             exchange.forward_begins(self.require_backward_grad_sync)
-        return super().forward(*inputs, **kwargs)
+        if self._modules["module"].training:
+            return super().forward(*inputs, **kwargs)
+        # Evaluation changes no buffers, and ranks may evaluate different numbers of batches: nothing may wait for others.
+        synced, self.require_forward_param_sync = self.require_forward_param_sync, False
+        try:
+            return super().forward(*inputs, **kwargs)
+        finally:
+            self.require_forward_param_sync = synced
 
     def register_comm_hook(self, state: object, hook: CommHook) -> None:
         """As torch's. The gradients handed to `hook` are weighted by this rank's share where shares differ."""

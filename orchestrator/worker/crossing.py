@@ -164,15 +164,11 @@ class Crossing:
         if self.group.control is None:
             return
         digest = self.tracked.digest(self._synced_ids())
-        for sign in (1, -1):
-            self._compare(sign, digest)
-
-    def _compare(self, sign: int, digest: int) -> None:
-        vector = torch.tensor([sign * digest], dtype=torch.int64)
+        extremes = torch.tensor([digest, -digest], dtype=torch.int64)  # greatest and least: every rank sees a difference
         options = torch.distributed.AllreduceOptions()
         options.reduceOp = torch.distributed.ReduceOp.MAX
-        self.group.control.allreduce([vector], options).wait()
-        if int(vector.item()) != sign * digest:
+        self.group.control.allreduce([extremes], options).wait()
+        if extremes.tolist() != [digest, -digest]:
             raise UsageError(
                 f"What rank {self.group.rank} tracks is not what other ranks track ({', '.join(self.tracked.names)}): names, "
                 "shapes or initial values differ. Build the same on every rank, after `run.prepare(model)`; name what is "
@@ -454,7 +450,7 @@ class Crossing:
         elif self.step % self._snapshot_stride == 0:
             self._copied(self.saver.snapshot(self.step, self.head()))
         for name in self.saves.alone(together):
-            self.saver.stage_whole(self.step, self.head(), "requested", name)
+            self.saver.stage_whole(self.step, self.head(waits=True), "requested", name)
 
     @property
     def _stop_reason(self) -> str:
@@ -475,7 +471,7 @@ class Crossing:
             self._copy_s = min(stall_s, 0.8 * self._copy_s + 0.2 * min(stall_s, 3 * self._copy_s))
 
     def _stage(self, reason: str, name: str) -> None:
-        self._copied(self.saver.stage(self.step, self.head(), reason, name))
+        self._copied(self.saver.stage(self.step, self.head(waits=True), reason, name))
         self.saves.staged(self.agreement.pending)
         self._last_save = time.monotonic()
 
@@ -518,8 +514,8 @@ class Crossing:
 
     # -- telling --------------------------------------------------------------------------------------------------
 
-    def head(self) -> dict[str, Any]:
-        """The JSON half of the state at this boundary."""
+    def head(self, waits: bool = False) -> dict[str, Any]:
+        """The JSON half of the state at this boundary; with metrics that a device still computes only if it `waits`."""
         small, own_small = self.tracked.recorded()
         own: dict[str, Any] = {"tracked": own_small}
         readers = {name: record.reader for name, record in self.book.records.items() if record.reader is not None}
@@ -536,7 +532,7 @@ class Crossing:
             "per_rank": {str(self.group.rank): own} if own["tracked"] or readers else {},
             "config": self._config,
             "strategy": self._strategy.name,
-            "metrics": self.metrics.latest(),
+            "metrics": self.metrics.latest() if waits else self.metrics.at_hand(),
         }
         return head
 
@@ -618,8 +614,10 @@ class Crossing:
         done_before = self.source is not None and self.source.reason == "final" and trained == 0
         if not self.tracked.is_empty and not done_before:
             self._wait_for_all()
-            self.saver.stage(self.step, self.head(), "final", "")
+            self.saver.stage(self.step, self.head(waits=True), "final", "")
             self.agreement.now({})  # until the last share is staged, each rank is the others' way back
+        if done_before and self.context is None:
+            self.notice(f"complete at step {self.step}; raise epochs or name a new run")
         self.saver.finish(self.step, self.finish_reason)
         if not self._stepped_told:
             self._tell_first_step()  # a group that had nothing left to train has recovered too

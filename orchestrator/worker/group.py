@@ -34,9 +34,9 @@ class Group:
             return value
         name = f"orchestrator/{key}"
         if self.rank == 0:
-            self.store.set(name, value)
+            self.store.set(name, f"={value}")  # a store in a file takes an empty value for none
             return value
-        return bytes(self.store.get(name)).decode()
+        return bytes(self.store.get(name)).decode()[1:]
 
 
 def join() -> Group:

@@ -24,14 +24,20 @@ class Metrics:
             if isinstance(value, torch.Tensor):
                 if value.numel() != 1:
                     raise UsageError(f"run.log({name}=…) takes one number, not a tensor of shape {tuple(value.shape)}.")
+                # A copy: the script may go on to use the tensor. On a device it is made in the stream's order.
                 value = value.detach()
+                value = value.clone() if value.device.type != "cpu" else value.item()
             elif not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
                 raise UsageError(f"run.log({name}=…) takes a number, not a {type(value).__name__}.")
             self._latest[name] = value
 
     def latest(self) -> dict[str, float]:
-        """All metrics as floats."""
+        """All metrics as floats; waits for the device that computes them."""
         return {name: float(value) for name, value in self._latest.items()}
+
+    def at_hand(self) -> dict[str, float]:
+        """Those metrics that are known without waiting for a device."""
+        return {name: float(value) for name, value in self._latest.items() if not isinstance(value, torch.Tensor)}
 
     def mean(self, value: Any, weight: float) -> float:
         """sum(weight * value) / sum(weight) over ranks, in float64; 0/0 is nan."""

@@ -190,6 +190,6 @@ def gather(group: Group, key: str, value: str) -> list[str]:
         return [value]
     name = f"orchestrator/{key}"
     if group.rank != 0:
-        group.store.set(f"{name}/{group.rank}", value)
+        group.store.set(f"{name}/{group.rank}", f"={value}")  # a store in a file takes an empty value for none
         return []
-    return [value, *(bytes(group.store.get(f"{name}/{rank}")).decode() for rank in range(1, group.world_size))]
+    return [value, *(bytes(group.store.get(f"{name}/{rank}")).decode()[1:] for rank in range(1, group.world_size))]

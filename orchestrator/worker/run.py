@@ -207,7 +207,7 @@ class Run(Crossing):
 
     def _epochs(self, total: int, key: str) -> Iterator[int]:
         record = self.book.records.setdefault(key, LoopRecord())
-        while record.index < total and record.done in ("", "end") and not self.finishing:
+        while record.index < total and record.done in ("", "end") and not self._finished_before(record.index):
             epoch = record.index
             self.epoch = self.book.outer_epoch = epoch
             self.book.outer_total = total
@@ -226,6 +226,10 @@ class Run(Crossing):
             if self.finishing:
                 record.done = "finish"
         record.done = record.done or "end"
+
+    def _finished_before(self, epoch: int) -> bool:
+        """Whether the run was told to finish; the epoch in which it was still has its rest to do."""
+        return self.finishing and not any(r.outer == epoch and r.restored for r in self.book.records.values())
 
     # -- numbers --------------------------------------------------------------------------------------------------
 
