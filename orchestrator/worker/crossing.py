@@ -379,11 +379,19 @@ class Crossing:
     def _all_leave(self) -> bool:
         deadline_s = max(LEAVE_TIMEOUT_S, _LEAVE_STEPS * self._step_s)
         try:
-            return not self.agreement.now({Wish.LEAVING: 1}, deadline_s)[Wish.STAYING]
+            return self._same_steps(self.agreement.now(self._leaving, deadline_s))
         except PeerLostError as error:
             if "timed out" not in str(error).lower():
                 raise
             return False
+
+    @property
+    def _leaving(self) -> dict[Wish, int]:
+        return {Wish.LEAVING: 1, Wish.MOST_STEPS: self.step, Wish.LEAST_STEPS: -self.step}
+
+    def _same_steps(self, agreed: Agreed) -> bool:
+        """Whether all ranks leave, after equally many steps."""
+        return not agreed[Wish.STAYING] and agreed[Wish.MOST_STEPS] == -agreed[Wish.LEAST_STEPS]
 
     def _fail_at_once(self, error: UsageError) -> NoReturn:
         """As if `error` had ended the script here."""
@@ -600,10 +608,12 @@ class Crossing:
 
     def _wait_for_all(self) -> None:
         """From here on nobody changes anything."""
-        if self.agreement.now({Wish.LEAVING: 1})[Wish.STAYING] and self.group.control is not None:
+        agreed = self.agreement.now(self._leaving)
+        if not self._same_steps(agreed):
+            theirs = "is still in its loop" if agreed[Wish.STAYING] else "took more or fewer"
             raise UsageError(
-                f"The script ended on rank {self.group.rank} at step {self.step} while another rank is still in its loop; "
-                "all ranks must take the same steps. One rank's wish to end is `run.finish(reason)`."
+                f"The script ended on rank {self.group.rank} after step {self.step} while another rank {theirs}; all ranks "
+                "must take the same steps. One rank's wish to end is `run.finish(reason)`."
             )
 
     def complete(self) -> None:
@@ -616,13 +626,14 @@ class Crossing:
             self._wait_for_all()
             self.saver.stage(self.step, self.head(waits=True), "final", "")
             self.agreement.now({})  # until the last share is staged, each rank is the others' way back
-        if done_before and self.context is None:
-            self.notice(f"complete at step {self.step}; raise epochs or name a new run")
+        said = f"complete at step {self.step}; raise epochs or name a new run" if done_before else ""
+        if said and self.context is None:
+            self.notice(said)
         self.saver.finish(self.step, self.finish_reason)
         if not self._stepped_told:
             self._tell_first_step()  # a group that had nothing left to train has recovered too
         if self.context is not None:
-            why = self.finish_reason or ""
+            why = self.finish_reason or said
             self.context.tell({"op": "finished", "step": self.step, "trained": trained, "why": why, "again": done_before})
 
 

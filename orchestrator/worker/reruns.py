@@ -1,8 +1,8 @@
 """Code before a loop runs again when a script goes on in the middle of that loop; what it did to the state is undone.
 
-A script that starts anew runs from its top: `track` restores, loops that are done yield nothing, and the code between two
-loops or at the top of an epoch meets a state on which it has acted before. Resetting a head or halving a learning rate
-twice would be a silent wrong result, so where the loop goes on the checkpoint's state counts again.
+A script that starts anew runs from its top: `track` restores, loops that are done yield nothing, and the code between
+two loops or at the top of an epoch meets a state on which it has acted before. Resetting a head or halving a learning
+rate twice would be a silent wrong result, so where the loop goes on the checkpoint's state counts again.
 """
 
 from __future__ import annotations

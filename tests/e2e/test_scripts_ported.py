@@ -52,6 +52,18 @@ def test_killed_script_ends_as_undisturbed(
     _assert_same_end(calm, struck)
     if "best" in (SCRIPTS / script).read_text():
         assert_equal_states(state(calm.directory, "best"), state(struck.directory, "best"))
+    if script == "phases.py":
+        _changes_nothing_once_complete(launcher, struck, words)
+
+
+def _changes_nothing_once_complete(launcher: Launcher, ended: Launch, words: list[str]) -> None:
+    """Launched again, the code between its phases runs on the final state, and must leave no mark on it."""
+    before, json_before = state(ended.directory), _json_half(ended.directory)
+    again = launcher.run("--workers", "2", "--run-name", "struck", *words, run="struck")
+    assert "complete at step 24" in again.output
+    assert "phases begun: 1, heads alike: True" in again.output
+    assert_equal_states(before, state(ended.directory))
+    assert json_before == _json_half(ended.directory)
 
 
 def _assert_same_end(calm: Launch, struck: Launch) -> None:

@@ -1,4 +1,4 @@
-"""A classifier as its author would port it: epochs, validation, a schedule that follows it, best value, early stopping."""
+"""A classifier as its author would port it: epochs, validation, a schedule that follows it, early stopping."""
 
 import torch
 import torch.nn.functional as F
@@ -55,4 +55,4 @@ for epoch in run.epochs(30):
     if run.state["since"] >= 3:
         break
 if run.is_main:
-    print(f"stopped after epoch {epoch}, best {run.state['best']:.4f}, {len(run.state['history'])} epochs in the history")
+    print(f"stopped after epoch {epoch}, best {run.state['best']:.4f}, {len(run.state['history'])} epochs noted")

@@ -1,4 +1,4 @@
-"""Two shadows of a model: a momentum encoder, written before the optimizer's step (MoCo), and an average, written after."""
+"""Two shadows of a model: a momentum encoder (MoCo), written before the optimizer's step, an average after it."""
 
 import copy
 

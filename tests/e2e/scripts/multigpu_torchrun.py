@@ -1,4 +1,4 @@
-"""The script of PyTorch's tutorial on fault-tolerant training with torchrun, on the CPU: it knows nothing of this package."""
+"""The script of PyTorch's tutorial on fault-tolerant training with torchrun, on the CPU: nothing in it is ours."""
 
 import argparse
 import os

@@ -85,9 +85,8 @@ model = GPT()
 decay = [p for p in model.parameters() if p.dim() >= 2]
 no_decay = [p for p in model.parameters() if p.dim() < 2]
 model = run.prepare(torch.compile(model, backend="eager"))
-optimizer = torch.optim.AdamW(
-    [{"params": decay, "weight_decay": 0.1}, {"params": no_decay, "weight_decay": 0.0}], lr=learning_rate, betas=(0.9, 0.95)
-)
+groups = [{"params": decay, "weight_decay": 0.1}, {"params": no_decay, "weight_decay": 0.0}]
+optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
 run.track(model=model, optimizer=optimizer)
 
 loop = run.steps(max_iters, accumulate=gradient_accumulation_steps) if how == "api" else run.steps(max_iters)

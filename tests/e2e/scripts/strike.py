@@ -1,4 +1,4 @@
-"""How a test kills one of these scripts at an exact line: STRIKES="place:rank:step,…" in the environment, each fires once."""
+"""How a test kills one of these scripts at an exact line: STRIKES="place:rank:step,…"; each fires once."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What else people do to a model: compile, autocast, a scaler that is off, checkpointed activations, an own Function."""
+"""What else people do to a model: compile, autocast, a scaler that is off, checkpoints inside, an own Function."""
 
 import torch
 import torch.nn.functional as F

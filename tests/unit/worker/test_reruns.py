@@ -1,4 +1,4 @@
-"""Code that runs again on every start: what it changed is found; and replaced optimizer state is seen at the next boundary."""
+"""Code that runs again on every start: what it changed is found; and replaced optimizer state is seen."""
 
 from __future__ import annotations
 
