@@ -33,6 +33,8 @@ class Wish(IntEnum):
     COPY_US = 8
     ORDER = 9  # saves the driver has ordered so far
     CALLS = 10  # calls of `run.save` so far
+    MOST_STEPS = 11  # of those who leave
+    LEAST_STEPS = 12  # the same, negative
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Agreement:
         if before is None:
             return agreed
         values = [max(pair) for pair in zip(before.values, agreed.values, strict=True)]
-        for wish in (Wish.STAYING, Wish.BUSY):
+        for wish in (Wish.STAYING, Wish.BUSY, Wish.MOST_STEPS, Wish.LEAST_STEPS):
             values[wish] = agreed[wish]
         return Agreed(tuple(values), agreed.posted)
 

@@ -175,8 +175,8 @@ def _check_reachable(store: LocalStore, nonce: str, group: Group) -> None:
     if group.world_size == 1:
         return
     own = "" if any(entry.nonce == nonce for entry in CommitLog(store).entries()) else os.uname().nodename
-    blind = [node for node in gather(group, "plain/reach", own) if node] if group.rank == 0 else []
-    verdict = group.share("plain/reachable", ", ".join(sorted(set(blind))))
+    blind = sorted({node for node in gather(group, "plain/reach", own) if node})
+    verdict = group.share("plain/reachable", ", ".join(blind))
     if verdict:
         raise UsageError(
             f"{store.root} on {verdict} is not the place that rank 0 writes to; set ORCHESTRATOR_STORAGE to a path "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 
 from orchestrator.worker.agreement import Agreed, Wish
 from orchestrator.worker.group import Group
@@ -20,6 +20,7 @@ class SaveRequests:
         self._orders_seen = orders
         self._ordered: deque[str] = deque()  # the side thread appends, the main thread takes
         self._names: deque[str] = deque()
+        self._known: list[str] = []  # names of all calls so far, on rank 0
         self._calls = self._calls_agreed = self._calls_done = 0
         self._periodic = self._requested = False
         self._stale = False
@@ -32,8 +33,9 @@ class SaveRequests:
         self._calls += 1
         if self._group.rank == 0:
             self._names.append(name)
-        elif name:
-            self._group.store.set(_called(self._calls), name)
+            self._known.append(name)
+        else:
+            self._group.store.set(_called(self._calls), f"={name}")
 
     def order_named(self, name: str) -> None:
         """`orchestrator save --name`; from the side thread."""
@@ -64,14 +66,17 @@ class SaveRequests:
             self._requested = True
         unknown = agreed[Wish.CALLS] - agreed.own(Wish.CALLS)
         self._calls += unknown
-        if self._group.rank == 0:
-            self._names.extend(self._name_of(number) for number in range(self._calls - unknown + 1, self._calls + 1))
+        if self._group.rank == 0 and unknown:
+            new = list((Counter(self._names_elsewhere()) - Counter(self._known)).elements())
+            self._names.extend(new)
+            self._known.extend(new)
         self._calls_agreed = max(self._calls_agreed, agreed[Wish.CALLS])
 
-    def _name_of(self, call: int) -> str:
-        """The name that another rank gave its call, if it gave one."""
+    def _names_elsewhere(self) -> list[str]:
+        """Names of the calls that other ranks made; ranks that make the same calls number them alike."""
         store = self._group.store
-        return bytes(store.get(_called(call))).decode() if store is not None and store.check([_called(call)]) else ""
+        keys = [_called(number) for number in range(1, self._calls + 1)]
+        return [bytes(store.get(key)).decode()[1:] for key in keys if store.check([key])]
 
     def due_now(self) -> None:
         """A trigger that is a function of the step."""
