@@ -12,6 +12,7 @@ from orchestrator.agent import children
 from orchestrator.agent.children import Spare, StoreHost, Worker
 from orchestrator.agent.held import Part
 from orchestrator.agent.launching import worker_spec
+from orchestrator.agent.output import append, open_log
 from orchestrator.storage.layout import checkpoint_dir, log_path
 from orchestrator.worker import wire
 from orchestrator.worker.shm import ORDER_SAVE, ORDER_STOP, POISON, RESUME_STEP, STOP_PREEMPTED, STOP_SAVE, BeatPage, Segment
@@ -92,8 +93,7 @@ class GroupHost:
         settings = self._node.settings
         spare = self._node.take_spare()
         path = os.path.join(settings.log_dir, os.path.relpath(log_path(self.attempt, rank), "logs"))
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        log = open_log(path)
         worker = Worker(self.attempt, rank, spare, BeatPage.create(), path)
         self.workers[rank] = worker
         segments = list(dict.fromkeys(part.segment.fd for part in parts))
@@ -161,6 +161,10 @@ class GroupHost:
 
     def _worker_failed(self, worker: Worker, message: wire.Message, descriptors: list[int]) -> None:
         worker.failed = True
+        self._flush_output(worker)
+        if worker.rank == 0:
+            self._node.output.close()
+        append(worker.log_path, message["error"]["traceback"])
         self._node.emit("WorkerFailed", attempt=worker.attempt, rank=worker.rank, alive=True, **message)
         self._drain()
 

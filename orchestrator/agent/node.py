@@ -24,7 +24,7 @@ from orchestrator.agent.children import Spare, StoreHost
 from orchestrator.agent.group import GroupHost
 from orchestrator.agent.held import Holdings, Part
 from orchestrator.agent.lease import CHECK_EVERY_S, Lease, watch
-from orchestrator.agent.output import OutputTail
+from orchestrator.agent.output import OutputTail, open_log
 from orchestrator.worker import wire
 
 REFILL_AFTER_S = 0.4
@@ -85,7 +85,6 @@ class NodeAgent:
         self._job_count = 0
         self._lease = Lease()
         self.ready = threading.Event()
-        os.makedirs(settings.log_dir, exist_ok=True)
         self._start_zygote(list(settings.preload))
         self._start_saver()
         self.output = OutputTail()
@@ -347,12 +346,8 @@ class NodeAgent:
 
     @contextlib.contextmanager
     def _log(self) -> Iterator[int]:
-        """The agent's own log, for its child processes; a full disk costs the log, not the agent."""
-        path = os.path.join(self.settings.log_dir, f"{self.settings.name}.log")
-        try:
-            log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        except OSError:
-            log = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        """The agent's own log, for its child processes."""
+        log = open_log(os.path.join(self.settings.log_dir, f"{self.settings.name}.log"))
         try:
             yield log
         finally:

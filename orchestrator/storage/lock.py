@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -65,7 +66,8 @@ class RunLock:
     def release(self) -> None:
         """Let go. Safe to repeat."""
         if self._descriptor is not None:
-            (self.directory / LIVE_FILE).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # storage may be gone; without the lock the note does not count
+                (self.directory / LIVE_FILE).unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
 

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import ctypes
 import gc
+import io
 import os
 import random
 import runpy
@@ -14,7 +15,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 import types
 from typing import Any
 
@@ -95,6 +95,24 @@ def _work(sock: socket.socket, spec: dict[str, Any], descriptors: list[int]) -> 
     return run_program(ours, spec)
 
 
+class _LogFile(io.FileIO):
+    """A rank's log. What a full or vanished disk does not take is lost; `print` does not end the training for it."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return memoryview(data).nbytes
+
+    @classmethod
+    def text(cls, descriptor: int) -> io.TextIOWrapper:
+        """As Python opens its own stdout, flushed at every line."""
+        raw = cls(descriptor, "w", closefd=False)
+        return io.TextIOWrapper(
+            io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", line_buffering=True
+        )
+
+
 def _redirect_output(log_fd: int) -> None:
     os.dup2(log_fd, 1)
     os.dup2(log_fd, 2)
@@ -103,8 +121,7 @@ def _redirect_output(log_fd: int) -> None:
     os.dup2(null, 0)
     os.close(null)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - lives as long as the process
-    sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.stdout, sys.stderr = _LogFile.text(1), _LogFile.text(2)
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
 
 
@@ -199,8 +216,7 @@ def _failed(ours: WorkerContext, error: BaseException, cause: str) -> None:
         park()
     description = report.describe(error, ours.log_path)
     description["unseen"] = _trains_without_us()
-    traceback.print_exception(type(error), error, report.user_part(error.__traceback__))
-    sys.stdout.flush()
+    sys.stdout.flush()  # the agent appends the traceback to this log, and keeps it from the console: the driver tells it once
     sys.stderr.flush()
     from orchestrator.worker import run as run_module
 

@@ -44,6 +44,8 @@ def test_every_kind_of_death(launcher: Launcher, calm: dict[str, Any]) -> None:
     assert roots(launch) == [(fault["rank"], cause) for fault, cause in DEATHS]
     recovered = launch.events("recovered")
     assert [(event["cause"], event["lost_steps"]) for event in recovered] == [(cause, 0) for _, cause in DEATHS]
+    assert launch.output.count("Traceback") == 7, "an exception is told once, and none that only follows from another"
+    assert "ValueError: broken hook" in launch.log(11, 1)
     assert_equal_states(calm, state(launch.directory))
 
 
