@@ -12,6 +12,7 @@ from orchestrator.agent import children
 from orchestrator.agent.children import Spare, StoreHost, Worker
 from orchestrator.agent.held import Part
 from orchestrator.agent.launching import worker_spec
+from orchestrator.agent.oom import OomWatch, events_file
 from orchestrator.agent.output import append, open_log
 from orchestrator.storage.layout import checkpoint_dir, log_path
 from orchestrator.worker import wire
@@ -38,6 +39,7 @@ class GroupHost:
         self._draining = False
         self._election: dict[str, Any] = {}
         self._elected: set[int] = set()
+        self._oom = OomWatch(events_file())
         node.after(SAMPLE_EVERY_S, self._sample)
         node.after(OUTPUT_EVERY_S, self._read_output)
 
@@ -209,7 +211,8 @@ class GroupHost:
         """The zygote has reaped a process; if it was a worker that had not left, that is a failure."""
         worker = next((w for w in self.workers.values() if w.pid == pid), None)
         if worker is not None and not worker.exited:
-            self._gone(worker, children.describe_exit(status))
+            cause = children.describe_exit(status)
+            self._gone(worker, "oom" if cause == "signal:9" and self._oom.took_one() else cause)
 
     def all_exited(self, cause: str) -> None:
         """The zygote has died, and every fork of it with it."""
