@@ -81,8 +81,8 @@ class Agreement:
         return agreed
 
     def now(self, wishes: dict[Wish, int], timeout_s: float | None = None) -> Agreed:
-        """A blocking round, at the same place on all ranks. A round that was posted before is read and merged in, except
-        for what only counts now: who stays, who is busy.
+        """A blocking round, at the same place on all ranks. A round that was posted before is read and merged in,
+        except for what only counts now: who stays, who is busy.
         """
         if self._control is None:
             return _agreed(wishes)

@@ -48,7 +48,11 @@ def join() -> Group:
         return _form(context)
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         device = _device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=_TIMEOUT)))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=_of_this_start(store), rank=rank, world_size=world_size, timeout=_TIMEOUT
+        )
         return _adopt(None)
     return Group(0, 0, 1, 1, _device(0))
 
@@ -65,11 +69,16 @@ def _adopt(context: WorkerContext | None) -> Group:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     local_rank = context.local_rank if context else int(os.environ.get("LOCAL_RANK", rank))
     local_world = context.local_world_size if context else int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    store = dist.distributed_c10d._get_default_store()
+    store = _of_this_start(dist.distributed_c10d._get_default_store())
     group = Group(rank, local_rank, world_size, local_world, _device(local_rank), store)
     if world_size > 1:
         group.control = _control(store, rank, world_size)
     return group
+
+
+def _of_this_start(store: Any) -> Any:
+    """Keys of this start's own: torchrun's store outlives a group, and the next one would find dead addresses in it."""
+    return dist.PrefixStore(f"orchestrator/start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _form(context: WorkerContext) -> Group:

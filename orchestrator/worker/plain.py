@@ -131,6 +131,7 @@ def _take(settings: dict[str, Any]) -> tuple[dict[str, Any], RunLock, CommitLog]
     identity, _ = open_or_create(store, asked)
     lock = RunLock(directory)
     lock.acquire()
+    os.register_at_fork(after_in_child=lambda: _forget(lock))
     log = CommitLog(store)
     log.take_over()
     with contextlib.suppress(SupersededError):
@@ -149,6 +150,13 @@ def _take(settings: dict[str, Any]) -> tuple[dict[str, Any], RunLock, CommitLog]
         "checkpoint": found[0].directory if found is not None else None,
     }
     return plan, lock, log
+
+
+def _forget(lock: RunLock) -> None:
+    """In a forked data loader: it must not hold the run's lock when the process that it serves is killed."""
+    if lock._descriptor is not None:
+        os.close(lock._descriptor)
+        lock._descriptor = None
 
 
 def _script() -> str:

@@ -9,10 +9,10 @@ from orchestrator.worker.group import Group
 
 
 class SaveRequests:
-    """Three kinds of requests. Periodic ones are agreed on or a function of the step. An order of the driver is a counter
-    that every rank sees some time; the highest counts. `run.save` is a counter of calls: rank 0 holds all replicated
-    state, so it saves alone at its next resume point, unless `together` (ranks hold state of their own) says that it takes
-    all ranks, which act when they have agreed. A call that rank 0 does not know of becomes one of its own.
+    """Three kinds of requests. Periodic ones are agreed on or a function of the step. An order of the driver is a
+    counter that every rank sees some time; the highest counts. `run.save` is a counter of calls: rank 0 holds all
+    replicated state, so it saves alone at its next resume point, unless it takes all ranks (`together`: they hold
+    state of their own), which act when they have agreed. A call that rank 0 does not know of becomes one of its own.
     """
 
     def __init__(self, group: Group, orders: int) -> None:

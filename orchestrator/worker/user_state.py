@@ -1,4 +1,4 @@
-"""`run.state` holds JSON, and what comes back must be what was put in: checked at every boundary, in C where possible."""
+"""`run.state` holds JSON, and what comes back must be what was put in: checked at every boundary, mostly in C."""
 
 from __future__ import annotations
 

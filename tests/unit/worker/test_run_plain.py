@@ -1,4 +1,4 @@
-"""Plain `python train.py`, one rank: what CONTRACT.md says of the script's API, sentence by sentence."""
+"""Plain `python train.py`, one rank: the script's API, sentence by sentence."""
 
 from __future__ import annotations
 
@@ -128,7 +128,8 @@ def test_without_storage_nothing_is_stored_or_resumed(bare: Start, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("script_seed", "environ", "expected"), [(None, {}, 0), (11, {}, 11), (11, {"seed": "5"}, 5), (None, {"seed": "5"}, 5)]
+    ("script_seed", "environ", "expected"),
+    [(None, {}, 0), (11, {}, 11), (11, {"seed": "5"}, 5), (None, {"seed": "5"}, 5)],
 )
 def test_seed_is_the_option_else_the_scripts_else_0(
     bare: Start, script_seed: int | None, environ: dict[str, str], expected: int
@@ -200,17 +201,21 @@ def test_track_refuses_what_it_cannot_hold(bare: Start) -> None:
     run = bare()
     net = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    with pytest.raises(UsageError, match=r'`track\(best_acc=0\.0\)`: a number can only be copied; use `run\.state\["best_acc"\]`'):
+    text = r'`track\(best_acc=0\.0\)`: a number can only be copied; use `run\.state\["best_acc"\]`'
+    with pytest.raises(UsageError, match=text):
         run.track(best_acc=0.0)
     with pytest.raises(UsageError, match=r'a string can only be copied; use `run\.state\["tag"\]`'):
         run.track(tag="a")
-    with pytest.raises(UsageError, match=r"`optimizer` holds 2 parameters of no tracked module; build it after `run\.prepare"):
+    text = r"`optimizer` holds 2 parameters of no tracked module; build it after `run\.prepare"
+    with pytest.raises(UsageError, match=text):
         run.track(optimizer=optimizer)
     with pytest.raises(UsageError, match="Nothing is tracked"):
         next(iter(run.steps(3)))
 
 
-def test_track_restores_right_there_and_the_checkpoints_lr_counts(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+def test_track_restores_right_there_and_the_checkpoints_lr_counts(
+    start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = start(save_at="3")
     model, optimizer = build(run)
     for batch in run.batches(DATA, batch_size=16):
@@ -220,7 +225,8 @@ def test_track_restores_right_there_and_the_checkpoints_lr_counts(start: Start, 
     model, optimizer = build(run, lr=0.5)
     assert_equal(weights(model), expected)
     assert (run.step, run.epoch, optimizer.param_groups[0]["lr"]) == (3, 0, 0.01)
-    assert "The checkpoint's lr 0.01 is used, not the script's 0.5; for a new run add `--run-name`." in capsys.readouterr().out
+    text = "The checkpoint's lr 0.01 is used, not the script's 0.5; for a new run add `--run-name`."
+    assert text in capsys.readouterr().out
 
 
 # -- loops --------------------------------------------------------------------------------------------------------
@@ -259,6 +265,58 @@ def test_resume_is_exact(start: Start) -> None:
     assert_equal(rest, losses[6:])
 
 
+class Numbers(torch.utils.data.IterableDataset[Any]):
+    """An iterable that knows its place."""
+
+    def __init__(self) -> None:
+        self.at = 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        while self.at < 6:
+            self.at += 1
+            yield torch.full((2, 6), float(self.at))
+        self.at = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+@pytest.mark.parametrize("source", ["iterable", "loader"])
+def test_other_sources_resume_at_the_exact_sample(start: Start, source: str) -> None:
+    def script(run: Run, until: int) -> list[float]:
+        weight = torch.zeros(1)
+        run.track(weight=weight)
+        seen = []
+        loader = torch.utils.data.DataLoader(DATA, batch_size=8, shuffle=True)
+        for batch in run.batches(Numbers() if source == "iterable" else loader, epochs=2):
+            seen.append(float(batch.mean() if source == "iterable" else batch[0].sum()))
+            weight += 1
+            if run.step == until:
+                raise KeyError
+        return seen
+
+    expected = script(start(run_name="calm"), -1)
+    with pytest.raises(KeyError):
+        script(start(save_every="3steps"), 8)
+    run = start()
+    assert run.step == 6
+    assert script(run, -1) == expected[6:]
+
+
+def test_a_save_by_the_clock(start: Start) -> None:
+    run = start(save_every="100s")
+    model, optimizer = build(run)
+    for batch in run.batches(DATA, batch_size=8):
+        train(model, optimizer, batch)
+        if run.step == 3:
+            run._last_save -= 100
+    run.saver.abandon()
+    assert start.reasons() == [(4, "periodic", "")]
+
+
 def test_accumulation_yields_microbatches_and_counts_steps(bare: Start) -> None:
     run = bare()
     model, optimizer = build(run)
@@ -287,7 +345,8 @@ def test_max_steps_drop_last_and_too_large_a_batch(bare: Start) -> None:
     assert len(run.batches(DATA, batch_size=10, max_steps=7, name="a")) == 7
     assert len(run.batches(DATA, batch_size=10, name="b")) == 4
     assert len(run.batches(DATA, batch_size=10, drop_last=False, name="c")) == 5
-    with pytest.raises(UsageError, match="48 samples make no full batch of 64, so nothing would train; lower `batch_size`"):
+    text = "48 samples make no full batch of 64, so nothing would train; lower `batch_size`"
+    with pytest.raises(UsageError, match=text):
         run.batches(DATA, batch_size=64, name="d")
 
 
@@ -593,8 +652,9 @@ print("sum", sum(float(value.double().sum()) for value in net.state_dict().value
 
 
 WARM = """
-import json, os, sys
+import gc, json, os, sys
 import torch, torch._dynamo
+gc.collect(), gc.freeze()  # or every end of a script would search all of torch for garbage: seconds
 
 def serve():
     for line in sys.stdin:
@@ -624,8 +684,7 @@ def interpreter() -> Iterator[subprocess.Popen[str]]:
         env={**env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     ) as process:  # fmt: skip
         yield process
-        assert process.stdin is not None
-        process.stdin.close()
+        process.kill()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Several ranks in plain processes of one gloo group: what CONTRACT.md says of ranks. Run as a script it is the harness.
+"""Several ranks in plain processes of one gloo group: the script's API, and as a script the harness that forks them.
 
 One interpreter imports torch and forks every rank of every scenario, so that each rank is a new process.
 """
@@ -49,7 +49,8 @@ def dataset(count: int = 12) -> Any:
 def build(run: Any, norm: bool = False) -> tuple[Any, Any]:
     import torch
 
-    net = torch.nn.Sequential(torch.nn.Linear(4, 3), *([torch.nn.BatchNorm1d(3)] if norm else []), torch.nn.Linear(3, 2))
+    middle = [torch.nn.BatchNorm1d(3)] if norm else []
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), *middle, torch.nn.Linear(3, 2))
     model = run.prepare(net)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     run.track(model=model, optimizer=optimizer)
@@ -391,8 +392,7 @@ class Harness:
 
     def close(self) -> None:
         with self.process:
-            assert self.process.stdin is not None
-            self.process.stdin.close()
+            self.process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -473,7 +473,7 @@ def test_plain_ranks_store_together_and_go_on_exactly(harness: Harness, tmp_path
         assert again[rank][2][0] == first[rank][2][7]  # each rank's own generator
     assert again[0][3] == again[1][3]
     records = [(r.step, r.reason, r.name) for r in list_checkpoints(open_run(str(tmp_path / "runs" / "train")))]
-    # Ranks hold generators of their own, so the save takes all of them, at the first boundary where all have heard of it.
+    # Ranks hold generators of their own, so the save takes all of them, at the first boundary where all have heard.
     assert records == [(7, "requested", "early"), (12, "final", "")]
 
 
