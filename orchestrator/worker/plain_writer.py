@@ -165,7 +165,7 @@ def _copied(plan: CopyPlan, tensors: Named) -> memoryview:
     """The data area of a file: a copy, so that tensors on a device and strided ones need no case of their own."""
     if not plan.data_bytes:
         return memoryview(b"")
-    data = memoryview(torch.empty(plan.data_bytes, dtype=torch.uint8).numpy())
+    data: memoryview = torch.empty(plan.data_bytes, dtype=torch.uint8).numpy().data
     sources = dict(tensors)
     with torch.no_grad():
         for entry in plan.table:
