@@ -81,8 +81,9 @@ def _start(
     ours, theirs = wire.pair()
     command = [sys.executable, "-m", module, str(theirs.fileno()), *arguments]
     process = subprocess.Popen(
-        command, env=env, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-    )
+        command, env=env, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+        start_new_session=True,
+    )  # fmt: skip
     theirs.close()
     return process, ours
 

@@ -16,7 +16,16 @@ from orchestrator.agent.oom import OomWatch, events_file
 from orchestrator.agent.output import append, open_log
 from orchestrator.storage.layout import checkpoint_dir, log_path
 from orchestrator.worker import wire
-from orchestrator.worker.shm import ORDER_SAVE, ORDER_STOP, POISON, RESUME_STEP, STOP_PREEMPTED, STOP_SAVE, BeatPage, Segment
+from orchestrator.worker.shm import (
+    ORDER_SAVE,
+    ORDER_STOP,
+    POISON,
+    RESUME_STEP,
+    STOP_PREEMPTED,
+    STOP_SAVE,
+    BeatPage,
+    Segment,
+)
 
 if TYPE_CHECKING:
     from orchestrator.agent.node import NodeAgent
@@ -127,7 +136,7 @@ class GroupHost:
         pids = [[rank, worker.pid] for rank, worker in self.workers.items()]
         self._node.emit("GroupStarted", attempt=self.attempt, agent=self._node.settings.name, workers=pids)
 
-    # -- what workers say -----------------------------------------------------------------------------------------------
+    # -- what workers say ---------------------------------------------------------------------------------------------
 
     def _on_worker(self, worker: Worker, message: wire.Message, descriptors: list[int]) -> None:
         operation = message.pop("op")
@@ -325,7 +334,7 @@ class GroupHost:
         agent = self._node.settings.name
         self._node.emit("Salvaged", attempt=self.attempt, agent=agent, election=election, ok=ok, why=why)
 
-    # -- saves and orders -----------------------------------------------------------------------------------------------
+    # -- saves and orders ---------------------------------------------------------------------------------------------
 
     def _persist(self, command: dict[str, Any]) -> None:
         """Write this node's picks of a choice to storage; `index` numbers all picks of all nodes."""
@@ -344,7 +353,8 @@ class GroupHost:
             for index in indices:
                 self._node.emit("ShardLost", rank=index, why=str(error), **event)
             return
-        job = {"directory": checkpoint_dir(command["step"], command["attempt"], f"{command['token']}{command['reason']}")}
+        token = f"{command['token']}{command['reason']}"
+        job = {"directory": checkpoint_dir(command["step"], command["attempt"], token)}
         context = {**event, "shares": command["shares"], "indices": indices}
         self._node.save({**job, "attempt": command["attempt"], "parts": items}, parts, context)
 

@@ -68,7 +68,7 @@ class Holdings:
     def offers(self, attempt: int, live: dict[int, int]) -> list[dict[str, Any]]:
         """What this node can supply at the end of `attempt`. `live`: clean survivors, rank → step.
 
-        As JSON of `control.consistency.Offer`; tiers by name. Records of the boundary count as live where a survivor is.
+        As JSON of `control.consistency.Offer`; tiers by name. A boundary record counts as live where a survivor is.
         """
         found = [self._live(attempt, rank, step) for rank, step in live.items()]
         ranks = sorted({held.rank for held in self.items if held.attempt == attempt})
@@ -94,7 +94,9 @@ class Holdings:
         found = []
         for label in _of_attempt(heads, attempt):
             meta = json.loads(heads.meta(label.index))
-            if self._lacks_buffers(attempt, label.step, meta) or not self._speaks_for_main(attempt, rank, label.step, meta):
+            if self._lacks_buffers(attempt, label.step, meta):
+                continue
+            if not self._speaks_for_main(attempt, rank, label.step, meta):
                 continue
             tier = "LIVE" if label.step in live_steps else "MEMORY"
             found.append(self._offer(tier, label.step, attempt, rank, "heads", ["head"]))

@@ -1,7 +1,7 @@
 """The agent of one node, without Ray: one thread that hears zygote, saver, workers and the driver's commands.
 
-Events for the driver are JSON objects named like `control.events`; `poll` hands them out in order. Commands are JSON too and
-are carried out in the order given.
+Events for the driver are JSON objects named like `control.events`; `poll` hands them out in order. Commands are JSON,
+too, and are carried out in the order given.
 """
 
 from __future__ import annotations
@@ -148,7 +148,9 @@ class NodeAgent:
     def _register(self, sock: socket.socket, handler: Callable[[], None]) -> None:
         self._selector.register(sock, selectors.EVENT_READ, handler)
 
-    def listen(self, sock: socket.socket, handler: Callable[[wire.Message, list[int]], None], closed: Callable[[], None]) -> None:
+    def listen(
+        self, sock: socket.socket, handler: Callable[[wire.Message, list[int]], None], closed: Callable[[], None]
+    ) -> None:
         """Hand every message on `sock` to `handler`, and its end to `closed`."""
 
         def readable() -> None:
@@ -235,7 +237,8 @@ class NodeAgent:
             self._zygote_ready = True
             self.emit("AgentReady", agent=self.settings.name, modules=message["modules"], failed=message["failed"])
         elif operation == "dropped":
-            self.emit("Notice", text=f"not preloaded, because a fork would not survive it: {', '.join(message['modules'])}")
+            names = ", ".join(message["modules"])
+            self.emit("Notice", text=f"not preloaded, because a fork would not survive it: {names}")
         elif operation == "forked":
             self._forked(message["id"], message["pid"])
         elif operation == "exited":
@@ -259,7 +262,7 @@ class NodeAgent:
         self.group.exited(pid, status)
 
     def _drop_stores(self) -> None:
-        """The prepared stores are gone; an attempt that was told of one is told so by the driver or fails to connect."""
+        """The prepared stores are gone, and the driver is told; an attempt that was given one cannot start."""
         for store in self._stores:
             children.kill_group(store.spare.pid)
             store.spare.sock.close()
@@ -276,7 +279,8 @@ class NodeAgent:
     def _zygote_lost(self) -> None:
         """Start another one. All its forks ended with it; what they held in shared memory stays.
 
-        One that never got ready is started once more without the user's modules; without them it is a broken installation.
+        One that never got ready is started once more without the user's modules; failing then too, it is a broken
+        installation.
         """
         self.forget(self._zygote_sock)
         cause = children.describe_code(self._zygote.wait())

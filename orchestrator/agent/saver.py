@@ -1,7 +1,8 @@
 """The saver: a process of its own that writes slots of shared memory to storage while training goes on.
 
-Jobs come over one socket: ``{"op": "write", "id", "directory", "uri", "parts": [{"fd", "slot", "pieces", "index"}], …}`` with
-the segments' descriptors (a part without an index lends its head only); answers are ``{"op": "written", "id", "shards": […]}`` or ``{"op": "failed", "id", "why"}``. It imports no torch.
+Jobs over one socket: ``{"op": "write", "id", "directory", "uri", "parts": [{"fd", "slot", "pieces", "index"}], …}``
+with the segments' descriptors (a part without an index lends its head only); answers are ``{"op": "written", "id",
+"shards": […]}`` or ``{"op": "failed", "id", "why"}``. It imports no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from orchestrator.storage.segment import TensorEntry
 from orchestrator.storage.shards import write_shard
 from orchestrator.storage.store import open_store
 from orchestrator.worker import wire
-from orchestrator.worker.heads import checkpoint_head
+from orchestrator.storage.heads import checkpoint_head
 from orchestrator.worker.shm import Segment
 
 

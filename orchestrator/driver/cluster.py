@@ -128,15 +128,15 @@ def _connect(address: str, workers: int, cpus_per_worker: float, quiet: dict[str
         return Cluster(embedded=True)
     if address.startswith("ray://"):
         raise UsageError(
-            f"`--address {address}`: a Ray client cannot host a driver; run this command on a machine of the cluster with "
-            "`--address auto`, or submit it as a Ray job."
+            f"`--address {address}`: a Ray client cannot host a driver; run this command on a machine of the cluster "
+            "with `--address auto`, or submit it as a Ray job."
         )
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         raise UsageError(
-            f"No Ray cluster answers at {address!r} ({str(error).splitlines()[0]}). Start one with `ray start --head`, or leave "
-            "`--address` out to start one for this run."
+            f"No Ray cluster answers at {address!r} ({str(error).splitlines()[0]}). Start one with `ray start --head`, "
+            "or leave `--address` out to start one for this run."
         ) from error
     return Cluster(embedded=False)
 
@@ -161,7 +161,7 @@ def _on_loopback() -> Iterator[None]:
 def start_agent(
     settings: AgentSettings, node: NodeShare, cpus_per_worker: float, gpus_per_worker: float, timeout_s: float
 ) -> AgentHandle:
-    """Create the placement group and the actor on `node`. Raises OrchestratorError naming the node if it does not come."""
+    """Create placement group and actor on `node`. Raises OrchestratorError naming the node if they do not come."""
     bundle = {"CPU": settings.slots * cpus_per_worker}
     if gpus_per_worker:
         bundle["GPU"] = settings.slots * gpus_per_worker
@@ -169,8 +169,8 @@ def start_agent(
     if not group.wait(timeout_s):
         remove_placement_group(group)
         raise OrchestratorError(
-            f"Node {node.address} did not give {bundle} within {timeout_s:g} s: other jobs hold it. Wait for them, or lower "
-            "`--workers`; `ray status` shows who uses what."
+            f"Node {node.address} did not give {bundle} within {timeout_s:g} s: other jobs hold it. Wait for them, or "
+            "lower `--workers`; `ray status` shows who uses what."
         )
     values = asdict(settings)
     values.pop("gpu_ids")

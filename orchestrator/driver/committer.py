@@ -1,4 +1,4 @@
-"""Commits checkpoints in a thread of its own: manifest, commit log, retention. Storage may be slow; the driver is not."""
+"""Commits checkpoints in a thread of its own: manifest, commit log, retention. Storage may be slow, the driver not."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ _DURABLE = frozenset({"run_started", "group_started", "checkpoint_committed", "r
 
 
 class Journal:
-    """Appends to `journal.jsonl`. A full disk stops the journal, not the run: the first failure is told by `problem`."""
+    """Appends to `journal.jsonl`. A full disk stops the journal, not the run: `problem` tells the first failure."""
 
     def __init__(self, directory: Path) -> None:
         path = directory / JOURNAL

@@ -34,8 +34,8 @@ def place(nodes: list[NodeShare], workers: int) -> list[tuple[NodeShare, int]]:
     if workers > total:
         held = ", ".join(f"{node.address}: {node.total}" for node in nodes) or "no live node"
         raise UsageError(
-            f"`--workers {workers}` can never be placed: this cluster holds {total} workers of this size at most ({held}). "
-            "Lower `--workers`, `--cpus-per-worker` or `--gpus-per-worker`, or add nodes."
+            f"`--workers {workers}` can never be placed: this cluster holds {total} workers of this size at most "
+            f"({held}). Lower `--workers`, `--cpus-per-worker` or `--gpus-per-worker`, or add nodes."
         )
     free = sum(node.capacity for node in nodes)
     rooms = {node.node_id: node.capacity if workers <= free else node.total for node in nodes}

@@ -170,11 +170,13 @@ class _Launch:
         ranks = "as many as the cluster has GPUs" if spec.workers == 0 else str(spec.workers)
         if spec.address == "local" and spec.workers * spec.cpus_per_worker > (os.cpu_count() or 1):
             self.console.notice(f"{spec.workers} workers share {os.cpu_count()} cores; steps will be slow", "warning")
+        local = spec.address == "local"
+        where = "a Ray cluster started for this run" if local else f"the Ray cluster at {spec.address}"
         facts = {
             "run": f"{self.place.name} ({self.place.choice.why})",
             "storage": str(self.place.directory),
             "ranks": ranks,
-            "where": "a Ray cluster started for this run" if spec.address == "local" else f"the Ray cluster at {spec.address}",
+            "where": where,
             "logs": str(self.log_dir),
             "command": spec.command or None,
         }
@@ -186,7 +188,8 @@ class _Launch:
         gpus = cluster.gpus()
         if gpus == 0:
             raise UsageError(
-                "`--workers auto` means one per GPU, and this cluster has no GPU; say how many workers with `--workers N`."
+                "`--workers auto` means one per GPU, and this cluster has no GPU; say how many workers with "
+                "`--workers N`."
             )
         self.spec = replace(self.spec, workers=gpus, gpus_per_worker=self.spec.gpus_per_worker or 1.0)
         self.console.notice(f"{gpus} workers, one per GPU of the cluster")
@@ -289,11 +292,14 @@ class _Launch:
         )
         with contextlib.suppress(OrchestratorError):
             sweep(log)
-        committer = Committer(log, place_.name, spec.retention, _versions(), lambda event, report: shell.committed(event, report))
+        committer = Committer(
+            log, place_.name, spec.retention, _versions(), lambda event, report: shell.committed(event, report)
+        )
         token = secrets.token_hex(4)
         shell = Shell(
-            Machine(config), agents, committer, place_.journal, self.console, place_.directory, token, spec.faults, replace_agent
-        )
+            Machine(config), agents, committer, place_.journal, self.console, place_.directory, token, spec.faults,
+            replace_agent,
+        )  # fmt: skip
         self.shell = shell
         committer.notice = lambda text: self.console.notice(text, "warning")
         place_.journal.record("run_started", {"run": place_.name, "driver_pid": os.getpid(), "spec": _plain(spec)})

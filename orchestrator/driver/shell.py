@@ -192,12 +192,13 @@ class Shell:
         self._give_up_agent(agent, message["why"], time.monotonic())
 
     def _give_up_agent(self, agent: str, why: str, at: float) -> None:
-        """The machine is told, and another agent is started in its place. One that never came up ends the run."""
+        """The machine is told, and another agent is started in its place. A launch whose agents do not come up ends."""
         handle = self._agents.pop(agent)
         self._stores.pop(agent)
         handle.close()
-        if not handle.joined:
-            text = f"{agent} on {handle.node.address} could not start: {why.strip()}; see its log beside those of the ranks"
+        if not handle.joined and self._machine.view().attempt == 0:
+            where = f"{agent} on {handle.node.address}"
+            text = f"{where} could not start: {why.strip()}; see its log beside those of the ranks"
             self._console.failure(text)
             self._finish(actions.Finish("failed", EXIT_FAILED, self._machine.view().step, text.splitlines()[0]))
             return
@@ -208,6 +209,8 @@ class Shell:
     def _replace(self, lost: AgentHandle) -> None:
         """Try until there is one; the machine ends the run if that takes too long."""
         told = ""
+        if not lost.joined:
+            time.sleep(REPLACE_EVERY_S)  # a replacement that did not come up either
         while self.finish is None:
             try:
                 self._queue.put(("", self._replace_agent(lost)))
@@ -367,8 +370,7 @@ class Shell:
         self._send_all({"op": "release", "attempt": action.attempt})
 
     def _ask(self, action: actions.AskWorkers) -> None:
-        order = {"op": "order", "attempt": action.attempt, "order": action.order, "name": action.name, "save": action.save}
-        self._send_all(order)
+        self._send_all({"op": "order", "attempt": action.attempt, "order": action.order, "name": action.name})
 
     def _record(self, action: actions.Record) -> None:
         self._journal.record(action.event, action.fields)

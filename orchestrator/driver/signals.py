@@ -1,4 +1,4 @@
-"""Signals to the driver: before the loop runs one unwinds, while it runs it becomes an event, afterwards it is too late."""
+"""Signals to the driver: before the loop runs one unwinds, then it becomes an event, in the end it is too late."""
 
 from __future__ import annotations
 

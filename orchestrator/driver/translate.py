@@ -46,7 +46,8 @@ def _convert(name: str, value: Any) -> Any:
 
 def _offer(item: dict[str, Any]) -> Offer:
     return Offer(
-        Tier[item["tier"]], item["step"], item["agent"], item["holder"], frozenset(item["pieces"]), attempt=item["attempt"]
+        Tier[item["tier"]], item["step"], item["agent"], item["holder"], frozenset(item["pieces"]),
+        attempt=item["attempt"],
     )
 
 

@@ -216,7 +216,8 @@ def _failed(ours: WorkerContext, error: BaseException, cause: str) -> None:
         park()
     description = report.describe(error, ours.log_path)
     description["unseen"] = _trains_without_us()
-    sys.stdout.flush()  # the agent appends the traceback to this log, and keeps it from the console: the driver tells it once
+    # The agent appends the traceback to this log and keeps it from the console: the driver tells it, once.
+    sys.stdout.flush()
     sys.stderr.flush()
     from orchestrator.worker import run as run_module
 

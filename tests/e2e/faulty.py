@@ -86,7 +86,8 @@ class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = torch.nn.Sequential(
-            torch.nn.Linear(16, 32), torch.nn.BatchNorm1d(32), torch.nn.ReLU(), torch.nn.Dropout(0.1), torch.nn.Linear(32, 4)
+            torch.nn.Linear(16, 32), torch.nn.BatchNorm1d(32), torch.nn.ReLU(), torch.nn.Dropout(0.1),
+            torch.nn.Linear(32, 4),
         )
 
     def forward(self, x):
@@ -157,16 +158,22 @@ print("finished at", run.step, flush=True)
 
 
 def start(
-    launcher: Launcher, name: str, faults: list[dict[str, Any]], *options: str, workers: int = 2, own_group: bool = False,
-    **env: str
-) -> Launch:  # fmt: skip
+    launcher: Launcher,
+    name: str,
+    faults: list[dict[str, Any]],
+    *options: str,
+    workers: int = 2,
+    own_group: bool = False,
+    **env: str,
+) -> Launch:
     """Launch run `name` with these faults. `own_group`: as a shell starts it, in a process group of its own."""
     launcher.script(SCRIPT)
     marks = launcher.cwd / f"marks-{name}"
     marks.mkdir(exist_ok=True)
     (marks / "faults.json").write_text(json.dumps(faults))
     told = [word for key, value in {"MARKS": str(marks), **env}.items() for word in ("--env", f"{key}={value}")]
-    return launcher.start("--workers", str(workers), "--run-name", name, *told, *options, "train.py", run=name, own_group=own_group)
+    words = ["--workers", str(workers), "--run-name", name, *told, *options, "train.py"]
+    return launcher.start(*words, run=name, own_group=own_group)
 
 
 def change(launch: Launch, faults: list[dict[str, Any]]) -> None:

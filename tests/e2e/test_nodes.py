@@ -1,4 +1,4 @@
-"""The processes around the workers: zygote, saver, store, agent, a second node; and storage that stops taking anything."""
+"""The processes around the workers: zygote, saver, agent, a second node; and storage that takes nothing any more."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def process(launch: Launch, module: str) -> int:
     zygote = parent(worker)
     agent = parent(zygote)
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and parent(int(entry.name)) == agent:
-            if module in (entry / "cmdline").read_bytes().decode():
-                return int(entry.name)
+        ours = entry.name.isdigit() and parent(int(entry.name)) == agent
+        if ours and module in (entry / "cmdline").read_bytes().decode():
+            return int(entry.name)
     raise AssertionError(f"no {module} below agent {agent}")
 
 

@@ -1,4 +1,4 @@
-"""Signals to the driver: what is saved, how it exits, that the same command goes on, and that nothing is left running."""
+"""Signals to the driver: what is saved, how it exits, that the same command goes on, that nothing is left running."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import pytest
 
 from tests.e2e.faulty import go, processes_of, start
 from tests.e2e.harness import DEADLINE_S, Launch, Launcher, assert_equal_states, clean_env, state
-
 
 STEPS = "300"
 
@@ -47,8 +46,9 @@ def gone(directory: Path) -> None:
 def groups_of(address: str) -> list[str]:
     """States of all placement groups of the cluster that hold resources."""
     script = (
-        "import ray, json; from ray.util import placement_group_table as table;"
-        f"ray.init({address!r}, log_to_driver=False, logging_level='ERROR');"
+        "import json; from orchestrator.driver.launch import prepare_ray; prepare_ray('auto');"
+        "import ray; from ray.util import placement_group_table as table;"
+        f"ray.init({address!r}, log_to_driver=False);"
         "print(json.dumps([g['state'] for g in table().values() if g['state'] != 'REMOVED']))"
     )
     done = subprocess.run([sys.executable, "-c", script], env=clean_env(), capture_output=True, text=True, timeout=60)
