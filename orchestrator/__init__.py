@@ -1,4 +1,6 @@
-"""Train a PyTorch model on every worker of a Ray cluster; a lost process, node or driver costs nothing one can notice."""
+"""Train a PyTorch model on every worker of a Ray cluster; a lost process, node or driver costs nothing one can
+notice.
+"""
 
 from __future__ import annotations
 

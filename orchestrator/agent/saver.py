@@ -15,12 +15,12 @@ import socket
 import sys
 from typing import Any
 
+from orchestrator.storage.heads import checkpoint_head
 from orchestrator.storage.layout import shard_path
 from orchestrator.storage.segment import TensorEntry
 from orchestrator.storage.shards import write_shard
 from orchestrator.storage.store import open_store
 from orchestrator.worker import wire
-from orchestrator.storage.heads import checkpoint_head
 from orchestrator.worker.shm import Segment
 
 

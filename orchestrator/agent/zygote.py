@@ -1,7 +1,7 @@
 """The warm parent of all workers of a node: a bare process that has imported torch and forks on demand.
 
-It holds one thread and no CUDA context while it forks; that is verified after every preload, and a module that breaks it
-is left out (and named) by a restart without it. Protocol, over one socket to the agent:
+It holds one thread and no CUDA context while it forks; that is verified after every preload, and a module that breaks
+it is left out (and named) by a restart without it. Protocol, over one socket to the agent:
 
     agent → zygote   {"op": "fork", "id": 7} + the child's end of its own socket
     zygote → agent   {"op": "ready", "modules": […], "dropped": […]}, {"op": "forked", "id": 7, "pid": 4711},
@@ -61,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def preload(modules: Sequence[str]) -> tuple[list[str], dict[str, str], str]:
-    """Import what can be imported. Returns names; for those that cannot, why; and the first that leaves us unforkable."""
+    """Import what can be imported. Returns names; for those that cannot, why; and the first that leaves us
+    unforkable.
+    """
     imported: list[str] = []
     failed: dict[str, str] = {}
     for name in modules:

@@ -133,7 +133,8 @@ def check_imports(program: Program) -> None:
         for line, name in _top_imports(ast.parse(source)):
             if name not in sys.builtin_module_names and not _is_there(name):
                 raise UsageError(
-                    f"{path}:{line} imports {name}, which is not installed for {sys.executable}; install it, or run the "
+                    f"{path}:{line} imports {name}, which is not installed for {sys.executable}; install it, or run "
+                    "the "
                     "orchestrator from the environment that has it. Nothing was started"
                 )
     finally:

@@ -7,6 +7,7 @@ from typing import Any
 
 from orchestrator.errors import StorageError
 from orchestrator.storage.coverage import coverage
+from orchestrator.storage.heads import checkpoint_head
 from orchestrator.storage.manifest import Chunk, Manifest, Shape, StoredFile, StoredTensor
 
 Shard = Mapping[str, Any]
@@ -26,9 +27,9 @@ def assemble(
 ) -> Manifest:
     """The manifest of one save, from what `write_shard` reported for each of its files.
 
-    Of the heads, the first that has content counts, by rank; see `merged_head`. `config` and `metrics` default to the
-    head's. A box that several ranks wrote (two survivors' replicas) is taken once. Raises StorageError if the shards do
-    not belong together or do not cover the state: such a save must not be committed.
+    Of the heads, the first that has content counts, by rank; see `checkpoint_head`. `config` and `metrics` default to
+    the head's. A box that several ranks wrote (two survivors' replicas) is taken once. Raises StorageError if the
+    shards do not belong together or do not cover the state: such a save must not be committed.
     """
     ordered = sorted(shards, key=lambda shard: (not shard["head"], int(shard["rank"])))
     if not ordered:
@@ -37,7 +38,7 @@ def assemble(
     if len(same) != 1:
         raise StorageError(f"Shards of different saves cannot make one checkpoint: {sorted(same)}.")
     attempt, step, directory = same.pop()
-    head = merged_head(ordered)
+    head = checkpoint_head(ordered)
     manifest = Manifest(
         run=run, step=step, epoch=int(head.get("epoch") or 0), samples=int(head.get("samples") or 0), reason=reason,
         name=name, attempt=attempt, world_size=int(ordered[0]["world_size"]), strategy=strategy, created=created,
@@ -47,29 +48,6 @@ def assemble(
     )  # fmt: skip
     coverage(manifest)
     return manifest
-
-
-def merged_head(parts: Iterable[Shard]) -> dict[str, Any]:
-    """The checkpoint head (docs/architecture.md, section 3) of a save, from its parts in order of authority.
-
-    A part is ``{"head": {…}, "trees": {name: tree}}``. The first head with content counts; structures (`trees`) are
-    taken from the first part that has them, with what that head recorded at the boundary (`small`) put over them: whole
-    trees, or single keys under ``{"$keys": {…}}``. What ranks hold on their own (`per_rank`) is collected from all.
-    """
-    head: dict[str, Any] = {}
-    tracked: dict[str, Any] = {}
-    per_rank: dict[str, Any] = {}
-    for part in parts:
-        own = part.get("head") or {}
-        head = head or dict(own)
-        for name, tree in {**(part.get("trees") or {}), **(own.get("tracked") or {})}.items():
-            tracked.setdefault(name, tree)
-        for rank, trees in (own.get("per_rank") or {}).items():
-            per_rank.setdefault(rank, trees)
-    for name, tree in (head.pop("small", None) or {}).items():
-        over = isinstance(tree, dict) and "$keys" in tree
-        tracked[name] = {**tracked.get(name, {}), **tree["$keys"]} if over else tree
-    return {**head, "tracked": tracked, "per_rank": per_rank}
 
 
 def _file_of(shard: Shard) -> StoredFile:

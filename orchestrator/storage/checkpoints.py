@@ -102,7 +102,8 @@ def _best(run: RunStore, records: list[CheckpointRecord]) -> CheckpointRecord:
     if not metric:
         known = sorted({name for record in records for name in record.metrics})
         raise UsageError(
-            f"Run {run.address.name!r} was launched without --keep-best and saved nothing as `best`, so no checkpoint is its "
+            f"Run {run.address.name!r} was launched without --keep-best and saved nothing as `best`, so no checkpoint "
+            "is its "
             f"best; use @last or @STEP. Metrics in its checkpoints: {', '.join(known) or 'none'}."
         )
     found = best(records, 1, metric, mode)

@@ -1,7 +1,8 @@
 """How ranks come to act at the same boundary without stalling: a tiny reduction posted at one and read at a later one.
 
-Every rank posts the same sequence of reductions, because they are posted at boundaries only and the distance to the next
-one is itself agreed on. What is read is the maximum over ranks, so a wish of any rank reaches all at the same boundary.
+Every rank posts the same sequence of reductions, because they are posted at boundaries only and the distance to the
+next one is itself agreed on. What is read is the maximum over ranks, so a wish of any rank reaches all at the same
+boundary.
 """
 
 from __future__ import annotations

@@ -83,16 +83,10 @@ def _of_this_start(store: Any) -> Any:
 
 def _form(context: WorkerContext) -> Group:
     device = _device(context.local_rank)
-    store = dist.TCPStore(
-        context.store_host, context.store_port, None, False, timeout=_TIMEOUT, wait_for_workers=False
-    )
+    store = dist.TCPStore(context.store_host, context.store_port, None, False, timeout=_TIMEOUT, wait_for_workers=False)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=store, rank=context.rank, world_size=context.world_size, timeout=_TIMEOUT
-    )
-    group = Group(
-        context.rank, context.local_rank, context.world_size, context.local_world_size, device, store
-    )
+    dist.init_process_group(backend, store=store, rank=context.rank, world_size=context.world_size, timeout=_TIMEOUT)
+    group = Group(context.rank, context.local_rank, context.world_size, context.local_world_size, device, store)
     if context.world_size > 1:
         group.control = _control(store, context.rank, context.world_size)
     return group

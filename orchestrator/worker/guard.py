@@ -1,7 +1,8 @@
 """Whether this rank's state still is that of its last resume point: the dirty word and who moves it.
 
-A worker is dirty from its first optimizer pre-step hook until the next boundary. The hook sets the word *before* it looks
-at the poison, and the side thread looks at the word *after* the poison was set, so one of the two always sees the other.
+A worker is dirty from its first optimizer pre-step hook until the next boundary. The hook sets the word *before* it
+looks at the poison, and the side thread looks at the word *after* the poison was set, so one of the two always sees the
+other.
 """
 
 from __future__ import annotations

@@ -68,13 +68,15 @@ class LoopBook:
         key = name or DEFAULT_NAME
         if self.running:
             raise UsageError(
-                f"`{what}` at {_call_site()} begins inside the training loop {self.running!r}; one training loop runs at a "
+                f"`{what}` at {_call_site()} begins inside the training loop {self.running!r}; one training loop runs "
+                "at a "
                 "time. For validation pass `train=False`."
             )
         if key in self.opened:
             which = "Second" if name is None else f"Second {name!r}"
             raise UsageError(
-                f"{which} `{what}` at {_call_site()}: for validation pass `train=False`; for epochs use `run.epochs(n)`; "
+                f"{which} `{what}` at {_call_site()}: for validation pass `train=False`; for epochs use "
+                "`run.epochs(n)`; "
                 "for a new phase pass `name=`."
             )
         self.opened.add(key)
@@ -156,7 +158,9 @@ class _StepsIterator:
 class TrainingLoop:
     """What `run.batches` and `run.steps` return: iterate once; `len()` is the whole loop, also after a resume."""
 
-    def __init__(self, run: Run, name: str, record: LoopRecord, source: LoopSource, accumulate_forwards: int = 1) -> None:
+    def __init__(
+        self, run: Run, name: str, record: LoopRecord, source: LoopSource, accumulate_forwards: int = 1
+    ) -> None:
         self._run = run
         self.name = name
         self.record = record

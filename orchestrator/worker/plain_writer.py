@@ -16,6 +16,7 @@ from orchestrator.errors import StorageError, SupersededError
 from orchestrator.storage.assemble import assemble
 from orchestrator.storage.commitlog import checkpoint_entry
 from orchestrator.storage.digest import crc32c
+from orchestrator.storage.heads import checkpoint_head
 from orchestrator.storage.layout import checkpoint_dir, manifest_path, shard_path
 from orchestrator.storage.manifest import CheckpointRecord
 from orchestrator.storage.prune import prune
@@ -23,7 +24,6 @@ from orchestrator.storage.segment import deal
 from orchestrator.storage.shards import write_shard
 from orchestrator.worker.copying import CopyPlan, Named, view_of
 from orchestrator.worker.group import Group
-from orchestrator.worker.heads import checkpoint_head
 from orchestrator.worker.plain import Place, gather
 from orchestrator.worker.tracked import RunState
 

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 
 from orchestrator.errors import CheckpointDamagedError
+from orchestrator.storage.heads import checkpoint_head
 from orchestrator.storage.segment import TensorEntry
 from orchestrator.worker.copying import view_of
-from orchestrator.worker.heads import checkpoint_head
 from orchestrator.worker.shm import Segment
 
 

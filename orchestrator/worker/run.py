@@ -33,8 +33,8 @@ _SCRIPT_SEEDS = 1 << 32  # torch itself starts from 64 random bits, people from 
 def init() -> Run:
     """Join the group (or be a group of one under plain Python) and restore `run.state`. Safe to repeat: same object.
 
-    Before it returns all ranks share one seed: `--seed`, else rank 0's `torch.initial_seed()` if the script has set one,
-    else 0; a run keeps its seed.
+    Before it returns all ranks share one seed: `--seed`, else rank 0's `torch.initial_seed()` if the script has set
+    one, else 0; a run keeps its seed.
     """
     global ACTIVE
     if ACTIVE is None:
@@ -105,7 +105,8 @@ class Run(Crossing):
             kept = int(self.source.head["seed"])
             if asked is not None and asked != kept:
                 raise ConfigRefusedError(
-                    f"This run was started with seed {kept}; `--seed {asked}` would make it another run. Leave `--seed` out, "
+                    f"This run was started with seed {kept}; `--seed {asked}` would make it another run. Leave "
+                    "`--seed` out, "
                     "or start anew with `--run-name`."
                 )
             return kept
@@ -136,7 +137,9 @@ class Run(Crossing):
 
     @property
     def last_microbatch(self) -> bool:
-        """Whether the microbatch at hand is the last of its step: then gradients are exchanged, and the optimizer may step."""
+        """Whether the microbatch at hand is the last of its step: then gradients are exchanged, and the optimizer may
+        step.
+        """
         return self._item is None or self._item.last_micro
 
     def share_buffers(self) -> None:
@@ -162,10 +165,11 @@ class Run(Crossing):
     ) -> TrainingLoop | Validation:
         """Iterate over this rank's share of every global batch, on `run.device`; resumes at the exact sample.
 
-        `batch_size` counts samples per optimizer step over all ranks and microbatches. `accumulate=k` yields k microbatches
-        a step and exchanges gradients on the last (`run.last_microbatch`); divide the loss by k as usual. `epochs` is 1
-        unless `max_steps` alone ends the loop. `train=False`: this rank's share of a validation set, each sample once,
-        counts no steps; every rank must enter it. A second training loop in one script needs a `name`.
+        `batch_size` counts samples per optimizer step over all ranks and microbatches. `accumulate=k` yields k
+        microbatches a step and exchanges gradients on the last (`run.last_microbatch`); divide the loss by k as usual.
+        `epochs` is 1 unless `max_steps` alone ends the loop. `train=False`: this rank's share of a validation set,
+        each sample once, counts no steps; every rank must enter it. A second training loop in one script needs a
+        `name`.
         """
         if epochs is None and max_steps is None:
             epochs = 1
@@ -194,7 +198,9 @@ class Run(Crossing):
         step, and gradients are exchanged on the last.
         """
         if total < 0 or accumulate < 1:
-            raise UsageError(f"run.steps(total={total}, accumulate={accumulate}): total >= 0 and accumulate >= 1 are needed.")
+            raise UsageError(
+                f"run.steps(total={total}, accumulate={accumulate}): total >= 0 and accumulate >= 1 are needed."
+            )
         key, record = self.book.open(name, "run.steps")
         return TrainingLoop(self, key, record, StepsSource(total), accumulate)
 
@@ -234,7 +240,9 @@ class Run(Crossing):
     # -- numbers --------------------------------------------------------------------------------------------------
 
     def log(self, **metrics: Any) -> None:
-        """Report numbers (or one-element tensors); the console and checkpoints get their mean over ranks. Never waits."""
+        """Report numbers (or one-element tensors); the console and checkpoints get their mean over ranks. Never
+        waits.
+        """
         self.metrics.log(metrics)
 
     def mean(self, value: Any, weight: float = 1.0) -> float:

@@ -1,4 +1,6 @@
-"""The side thread of a worker: it hears the agent while the main thread computes, hangs in a collective or is parked."""
+"""The side thread of a worker: it hears the agent while the main thread computes, hangs in a collective or is
+parked.
+"""
 
 from __future__ import annotations
 

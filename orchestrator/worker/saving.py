@@ -38,7 +38,9 @@ class Saver(Protocol):
         ...
 
     def write_whole(self, step: int) -> Segment:
-        """Everything this rank holds of resume point `step`, in a segment (side thread, main thread parked or blocked)."""
+        """Everything this rank holds of resume point `step`, in a segment (side thread, main thread parked or
+        blocked).
+        """
         ...
 
     def finish(self, step: int, why: str) -> None:
@@ -72,7 +74,9 @@ class LaunchedSaver:
         done = self._stager.snapshot(step, head, pin=True, final=reason == "final")
         if done is None:
             raise AssertionError("two saves in flight leave no slot; staging waits for the first one by agreement")
-        self._context.tell({"op": "staged", "step": step, "reason": reason, "name": name, "shares": self._group.world_size, **done})
+        self._context.tell(
+            {"op": "staged", "step": step, "reason": reason, "name": name, "shares": self._group.world_size, **done}
+        )
         faults.at("staged", step)
         return float(done["stall_ms"]) / 1e3
 

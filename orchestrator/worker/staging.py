@@ -90,7 +90,8 @@ class Stager:
     def snapshot(self, step: int, head: dict[str, Any], pin: bool, final: bool = False) -> dict[str, Any] | None:
         """Copy this rank's share of resume point `step`. Returns slot, bytes and the stall, or None if no slot is free.
 
-        `final` marks the state after the script's end: no state to go on from, although its step may be an earlier one's.
+        `final` marks the state after the script's end: no state to go on from, although its step may be an earlier
+        one's.
         """
         started = time.perf_counter()
         share = self._share()
@@ -128,7 +129,9 @@ class Stager:
         return arena
 
     def _share(self) -> list[tuple[str, torch.Tensor]]:
-        """Buffers are rank 0's; other replicated tensors are dealt out over the node's ranks; per-rank ones are its own."""
+        """Buffers are rank 0's; other replicated tensors are dealt out over the node's ranks; per-rank ones are its
+        own.
+        """
         replicated, own = self._state.replicated(), self._state.per_rank()
         names = [name for name, _ in replicated]
         if names != self._owners[0]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from orchestrator.storage.manifest import parse_manifest
 from orchestrator.storage.layout import manifest_path
+from orchestrator.storage.manifest import parse_manifest
 from orchestrator.storage.shards import read_tensors
 from orchestrator.storage.store import open_store
 

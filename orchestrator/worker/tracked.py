@@ -1,4 +1,6 @@
-"""Tracked state as boundaries see it: what is recorded at each, what betrays a write, what is the same on every rank."""
+"""Tracked state as boundaries see it: what is recorded at each, what betrays a write, what is the same on every
+rank.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +108,9 @@ class RunState(TrackedState):
         )
 
     def gradient_marks(self) -> dict[int, int]:
-        """A number per optimizer that moves when its gradients do; 0 if it holds none. Asked only with several optimizers."""
+        """A number per optimizer that moves when its gradients do; 0 if it holds none. Asked only with several
+        optimizers.
+        """
         if len(self.optimizers) < 2:
             return {}
         return {id(optimizer): self._gradient_mark(optimizer) for optimizer in self.optimizers.values()}

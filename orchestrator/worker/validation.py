@@ -24,7 +24,8 @@ class Validation:
         return self._source.length
 
     def __iter__(self) -> Iterator[Any]:
-        # Ranks other than 0 hold buffers of their own until the next training forward; what they measure must not differ.
+        # Ranks other than 0 hold buffers of their own until the next training forward; what they measure must not
+        # differ.
         self._run.share_buffers()
         iterator = self._source.open()
         try:

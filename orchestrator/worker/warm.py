@@ -10,7 +10,9 @@ import orchestrator.worker.tracked  # noqa: F401
 
 
 def up() -> None:
-    """Pay a fork's first-use costs (autograd's threads, copied pages) while waiting, not on the way to the first step."""
+    """Pay a fork's first-use costs (autograd's threads, copied pages) while waiting, not on the way to the first
+    step.
+    """
     import torch
 
     state = torch.random.get_rng_state()

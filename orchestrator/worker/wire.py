@@ -1,7 +1,7 @@
 """JSON messages with file descriptors over a local SOCK_SEQPACKET pair: how agent, zygote, saver and workers talk.
 
-A message that would not fit into a socket buffer travels in a memfd beside the packet. Messages keep their boundaries and
-order, and what a process sent before it was killed still arrives.
+A message that would not fit into a socket buffer travels in a memfd beside the packet. Messages keep their boundaries
+and order, and what a process sent before it was killed still arrives.
 """
 
 from __future__ import annotations

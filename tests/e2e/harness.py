@@ -63,7 +63,8 @@ class Launch:
                 value = ready()
                 if value:
                     return value
-                raise AssertionError(f"the launch ended ({self.process.returncode}) before {what}:\n{self.output[-4000:]}")
+                ended = f"the launch ended ({self.process.returncode})"
+                raise AssertionError(f"{ended} before {what}:\n{self.output[-4000:]}")
             if time.monotonic() > end:
                 raise AssertionError(f"no {what} within {deadline_s:g} s:\n{self.output[-4000:]}")
             time.sleep(0.01)
@@ -155,8 +156,8 @@ class Launcher:
     def command(self, *words: str, expect: int | None = 0) -> str:
         """Another command of ours, to its end; its output."""
         done = subprocess.run(
-            [sys.executable, "-m", "orchestrator", *words], cwd=self.cwd, env=clean_env(), capture_output=True, text=True,
-            timeout=DEADLINE_S, stdin=subprocess.DEVNULL,
+            [sys.executable, "-m", "orchestrator", *words], cwd=self.cwd, env=clean_env(), capture_output=True,
+            text=True, timeout=DEADLINE_S, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         text = done.stdout + done.stderr
         assert expect is None or done.returncode == expect, f"exit {done.returncode}, expected {expect}:\n{text}"

@@ -273,7 +273,7 @@ def test_save_waits_for_its_own_checkpoint(world: World, monkeypatch: pytest.Mon
     result = call("save", "train", "--name", "good", "--json")
     assert json.loads(result.stdout) == mine
     assert asked == [{"kind": "save", "save": True, "name": "good"}]
-    assert call("save", "train", "--name", "best").exit_code == 2
+    assert call("save", "train", "--name", "last").exit_code == 2
 
 
 def test_a_run_that_ends_before_it_saves_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,11 @@ import torch
 from safetensors import safe_open
 
 from orchestrator.errors import CheckpointDamagedError, UsageError
-from orchestrator.storage.assemble import assemble, merged_head
+from orchestrator.storage.assemble import assemble
 from orchestrator.storage.checkpoints import export, find, find_sound, list_checkpoints, load, open_run, verify
 from orchestrator.storage.commitlog import CommitLog, checkpoint_entry
 from orchestrator.storage.digest import crc32c
+from orchestrator.storage.heads import checkpoint_head
 from orchestrator.storage.layout import checkpoint_dir, manifest_path, shard_path
 from orchestrator.storage.local import LocalStore
 from orchestrator.storage.manifest import CheckpointRecord
@@ -172,15 +173,19 @@ def test_a_missing_parameter_of_a_module_is_no_checkpoint(store: LocalStore) -> 
 
 
 def test_heads_are_merged_by_authority() -> None:
-    first = {"head": {}, "trees": {"a": {"x": 1, "y": 1}}}
+    first = {"head": {}, "trees": {"a": {"groups": [{"params": ["w"], "hyper": {"lr": 1}}], "y": 1}}}
     second = {
-        "head": {"step": 5, "small": {"a": {"$keys": {"x": 2}}, "b": {"z": 3}}, "per_rank": {"1": {"r": 1}}},
-        "trees": {"a": {"x": 9, "y": 9}},
+        "head": {"step": 5, "small": {"a": {"$hyper": [{"lr": 2}]}, "b": {"z": 3}}, "per_rank": {"1": {"r": 1}}},
+        "trees": {"a": {"groups": [], "y": 9}},
     }
-    third = {"head": {"step": 6, "per_rank": {"0": {"r": 0}, "1": {"r": 9}}}}
-    assert merged_head([first, second, third]) == {
-        "step": 5, "tracked": {"a": {"x": 2, "y": 1}, "b": {"z": 3}}, "per_rank": {"1": {"r": 1}, "0": {"r": 0}},
-    }  # fmt: skip
+    third = {"head": {"step": 6, "per_rank": {"0": {"r": 0}, "1": {"r": 9}}}, "own_trees": {"0": {"c": {"x": 4}}}}
+    merged = checkpoint_head([first, second, third])
+    assert merged == {
+        "step": 5,
+        "tracked": {"a": {"groups": [{"params": ["w"], "hyper": {"lr": 2}}], "y": 1}, "b": {"z": 3}},
+        "per_rank": {"1": {"r": 1}, "0": {"r": 0, "tracked": {"c": {"x": 4}}}},
+    }
+    assert checkpoint_head([{"head": merged}]) == merged
 
 
 # ---------------------------------------------------------------------------------------------------------- verifying

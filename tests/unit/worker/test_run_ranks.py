@@ -191,9 +191,9 @@ def broken_off_together(run: Any) -> Any:
 
 @ranks(2)
 def broken_off_alone(run: Any) -> Any:
-    from orchestrator.worker import crossing
+    from orchestrator.worker import leaving
 
-    crossing.LEAVE_TIMEOUT_S = crossing._LEAVE_STEPS = 0.5
+    leaving.LEAVE_TIMEOUT_S = leaving._LEAVE_STEPS = 0.5
     model, optimizer = build(run)
     for batch in run.batches(dataset(), batch_size=4, epochs=500):
         if run.rank == 1 and run.step == 3:
