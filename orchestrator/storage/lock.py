@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import socket
+import struct
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from types import TracebackType
 from orchestrator.errors import UsageError
 from orchestrator.storage.layout import LIVE_FILE, LOCK_FILE
 from orchestrator.storage.local import explain
+
+_QUERYABLE = hasattr(fcntl, "F_OFD_GETLK") and struct.calcsize("P") == 8
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class RunLock:
         except OSError as error:
             raise explain(error, path, "write") from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(descriptor)
         except OSError as error:
             os.close(descriptor)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
@@ -98,12 +101,37 @@ def live_driver(directory: str | os.PathLike[str]) -> Live | None:
     except OSError as error:
         raise explain(error, path / LOCK_FILE, "read") from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return _read_live(path) or Live(0, "unknown host", 0.0)
+        held = _is_taken(descriptor)
+    except OSError as error:
+        raise explain(error, path / LOCK_FILE, "query the lock of") from error
     finally:
         os.close(descriptor)
-    return None
+    return (_read_live(path) or Live(0, "unknown host", 0.0)) if held else None
+
+
+def _whole_file(kind: int) -> bytes:
+    """Linux's struct flock of 64-bit machines: type, whence, start, length (0: to the end), pid (0 for OFD locks)."""
+    return struct.pack("@hhqqi4x", kind, os.SEEK_SET, 0, 0, 0)
+
+
+def _take(descriptor: int) -> None:
+    """Take the lock or raise OSError. Open file description locks can be queried without taking them."""
+    if _QUERYABLE:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _whole_file(fcntl.F_WRLCK))
+    else:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_taken(descriptor: int) -> bool:
+    """Whether somebody holds it. Where it can be queried nothing is taken, so that looking never refuses a launch."""
+    if _QUERYABLE:
+        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _whole_file(fcntl.F_WRLCK))
+        return bool(struct.unpack_from("@h", answer)[0] != fcntl.F_UNLCK)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
 
 
 def _read_live(directory: Path) -> Live | None:
