@@ -132,15 +132,15 @@ class LocalStore:
                     found.append(StoredObject(relative, status.st_size, status.st_mtime))
         return sorted(found, key=lambda item: item.path)
 
-    def delete(self, paths: Iterable[str]) -> None:
-        """See `Store`. What crashes left half-written beside the last file of a directory goes with it."""
+    def delete(self, paths: Iterable[str], sweep: bool = False) -> None:
+        """See `Store`."""
         parents = set()
         for path in paths:
             target = self.path(path)
             with _explained(target, "delete"):
                 target.unlink(missing_ok=True)
             parents.add(target.parent)
-        for parent in sorted(parents, key=lambda path: -len(path.parts)):
+        for parent in sorted(parents, key=lambda path: -len(path.parts)) if sweep else ():
             self._remove_if_empty(parent)
 
     def _remove_if_empty(self, directory: Path) -> None:

@@ -80,4 +80,4 @@ def sweep(log: CommitLog, owned: Collection[str] = (), *, dry_run: bool = False)
 
 
 def _delete(log: CommitLog, directory: str) -> None:
-    log.store.delete([item.path for item in log.store.list(directory)])
+    log.store.delete([item.path for item in log.store.list(directory)], sweep=True)

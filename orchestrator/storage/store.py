@@ -50,8 +50,11 @@ class Store(Protocol):
         """Every file below the directory `prefix` ("" for all), sorted by path. An absent directory holds none."""
         ...
 
-    def delete(self, paths: Iterable[str]) -> None:
-        """Delete files; absent ones are fine, so it is safe to repeat. Directories left empty go too."""
+    def delete(self, paths: Iterable[str], sweep: bool = False) -> None:
+        """Delete files; absent ones are fine, so it is safe to repeat.
+
+        `sweep`: directories left empty go too, with what crashes left half-written in them: nobody may be writing there.
+        """
         ...
 
 

@@ -261,10 +261,10 @@ class CrashingStore(LocalStore):
         self._count()
         return super().create_exclusive(path, data)
 
-    def delete(self, paths: Iterable[str]) -> None:
+    def delete(self, paths: Iterable[str], sweep: bool = False) -> None:
         for path in paths:
             self._count()
-            super().delete([path])
+            super().delete([path], sweep)
 
 
 def life(store: LocalStore) -> None:

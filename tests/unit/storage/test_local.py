@@ -119,17 +119,24 @@ def test_listing_skips_what_crashes_left(store: LocalStore) -> None:
     assert [item.path for item in store.list("b")] == ["b/2"] and store.list("absent") == []
 
 
-def test_deleting_takes_leftovers_and_empty_directories_along(store: LocalStore) -> None:
+def test_sweeping_takes_leftovers_and_empty_directories_along(store: LocalStore) -> None:
     store.write_new("c/x/1", [b"1"], 1)
     store.write_new("c/x/2", [b"2"], 1)
     store.write_new("c/y/3", [b"3"], 1)
     (store.root / "c/x/.tmp-12").write_bytes(b"half")
-    store.delete(["c/x/1", "gone/9"])
+    store.delete(["c/x/1", "gone/9"], sweep=True)
     assert names(store) == ["c/x/.tmp-12", "c/x/2", "c/y/3"]
-    store.delete(["c/x/2"])
+    store.delete(["c/x/2"], sweep=True)
     assert not (store.root / "c/x").exists() and names(store) == ["c/y/3"]
-    store.delete(["c/y/3"])
+    store.delete(["c/y/3"], sweep=True)
     assert store.root.is_dir() and not (store.root / "c").exists()
+
+
+def test_deleting_leaves_what_others_are_writing(store: LocalStore) -> None:
+    store.write_new("c/x/1", [b"1"], 1)
+    (store.root / "c/x/.tmp-12").write_bytes(b"half")
+    store.delete(["c/x/1"])
+    assert names(store) == ["c/x/.tmp-12"]
 
 
 @pytest.mark.parametrize(
