@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from orchestrator.errors import UsageError
 from orchestrator.spec import SaveTrigger
@@ -177,6 +177,22 @@ def parse_assignment(text: str) -> tuple[str, str]:
     if "\0" in value:
         raise UsageError("a value cannot hold a NUL character")
     return name.strip(), value
+
+
+def mask_assignments(words: Sequence[str], option: str) -> tuple[str, ...]:
+    """A command's words with the values of `option K=V` and `option=K=V` hidden: `--env TOKEN=…`."""
+    masked: list[str] = []
+    for word in words:
+        if masked and masked[-1] == option:
+            word = _masked(word)
+        elif word.startswith(f"{option}="):
+            word = f"{option}={_masked(word[len(option) + 1 :])}"
+        masked.append(word)
+    return tuple(masked)
+
+
+def _masked(assignment: str) -> str:
+    return f"{assignment.partition('=')[0]}=…" if "=" in assignment else assignment
 
 
 def human_bytes(size_bytes: float) -> str:

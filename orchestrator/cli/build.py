@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator.cli.config import Layer, parse
 from orchestrator.errors import UsageError
 from orchestrator.spec import Retention, RunSpec
-from orchestrator.text import parse_workers
+from orchestrator.text import mask_assignments, parse_workers
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ def build_spec(
     """The launch and what to tell about how it was understood. Raises UsageError."""
     values = parse(layer)
     resources = resolve_resources(_asked_workers(layer, values, machine), values, machine)
+    loads = values["worker-load"]
+    if loads is not None and resources.workers and loads != resources.workers:
+        raise UsageError(f"--worker-load names {loads} workers and the run has {resources.workers}; leave it out")
     spec = RunSpec(
         script=program.script,
         args=program.args,
@@ -87,9 +90,15 @@ def build_spec(
         faults=faults,
         reference=reference,
         auto=resources.auto,
-        command=command,
+        command=_shown(command, program),
     )
     return spec, resources.notes
+
+
+def _shown(command: tuple[str, ...], program: Program) -> tuple[str, ...]:
+    """The command as it is journalled and shown: what `--env` sets may be a secret. The script's words are its own."""
+    begin = len(command) - len(program.args)
+    return (*mask_assignments(command[:begin], "--env"), *command[begin:])
 
 
 def _retention(values: dict[str, Any]) -> Retention:

@@ -108,10 +108,19 @@ def _dashboard(value: str) -> str:
     return value
 
 
-def _worker_load(value: str) -> None:
+def _worker_load(value: str) -> int:
+    """How many workers it names."""
     loads = [text.parse_amount(part) for part in value.split(",")]
     if len(set(loads)) > 1:
         raise UsageError("unequal shares are not available yet; leave it out, and every worker gets an equal share")
+    return len(loads)
+
+
+def _cores(value: str) -> float:
+    cores = text.parse_amount(value)
+    if cores == 0:
+        raise UsageError("a worker takes a part of a core at least; write a number above 0, such as 1 or 0.5")
+    return cores
 
 
 def _later(what: str, instead: str) -> Callable[[str], Any]:
@@ -196,7 +205,7 @@ _SETTINGS = (
     Setting("start-timeout", text.parse_duration, "600", "SECONDS", "Until every rank must have started."),
     Setting("drain-timeout", text.parse_duration, "10", "SECONDS", "For survivors to hand over their state."),
     Setting("grace", text.parse_duration, "25", "SECONDS", "For saving after a request to stop."),
-    Setting("cpus-per-worker", text.parse_amount, "1", "N", "CPU cores a worker."),
+    Setting("cpus-per-worker", _cores, "1", "N", "CPU cores a worker."),
     Setting("gpus-per-worker", text.parse_amount, None, "N", "GPUs a worker; by default 1 where there are enough."),
     Setting("worker-load", _worker_load, None, "W,W,…", "Shares of the batch (equal ones only so far)."),
     Setting("preload", text.parse_names, None, "MODULE,…", "Modules to import once, before workers are forked."),

@@ -90,7 +90,7 @@ def test_every_option_reaches_its_field(driver: Driver) -> None:
         *("--max-restarts", "0", "--start-timeout", "1m", "--drain-timeout", "5", "--grace", "60"),
         *("--cpus-per-worker", "0.5", "--gpus-per-worker", "2", "--preload", "numpy,json", "--env", "A=1"),
         *("--env", "B=x=y", "--seed", "7", "--no-step-rng", "--log-dir", "logs", "--quiet", "--json"),
-        *("--hang-timeout", "off", "--dashboard", "off", "--worker-load", "1,1", "train.py"),
+        *("--hang-timeout", "off", "--dashboard", "off", "--worker-load", "1,1,1,1", "train.py"),
     )
     expected = RunSpec(
         script="train.py",
@@ -120,6 +120,14 @@ def test_every_option_reaches_its_field(driver: Driver) -> None:
         command=spec.command,
     )
     assert spec == expected
+
+
+def test_what_env_sets_is_not_shown(driver: Driver) -> None:
+    words = ("--env", "TOKEN=abc", "--env=KEY=a=b", "train.py", "--env", "A=1")
+    spec = launched(driver, *words)
+    assert spec.env == (("TOKEN", "abc"), ("KEY", "a=b"))
+    shown = ("--env", "TOKEN=…", "--env=KEY=…", "train.py", "--env", "A=1")
+    assert spec.command == ("orchestrator", "launch", *shown)
 
 
 def test_underscores_and_equals_signs_are_spellings(driver: Driver) -> None:
@@ -258,6 +266,8 @@ BAD_OPTIONS = [
     (["--strategy", "dpd"], "did you mean `ddp`?"),
     (["--hang-timeout", "30"], "--hang-timeout 30: detection of hangs by a deadline of your own is not available yet"),
     (["--dashboard", "0.0.0.0:80"], "--dashboard 0.0.0.0:80: the dashboard is not available yet"),
+    (["--worker-load", "1,1", "--workers", "3"], "--worker-load names 2 workers and the run has 3"),
+    (["--cpus-per-worker", "0"], "write a number above 0"),
     (["--worker-load", "1,2"], "unequal shares are not available yet"),
     (["--working-dir", "."], "--working-dir .: shipping code to the nodes is not available yet"),
     (["--from", "runs/a@best"], "--from runs/a@best: starting from another run's checkpoint is not available yet"),
