@@ -39,6 +39,8 @@ class Signals:
             signal.SIGUSR2: self._save,
         }
         for number, handler in handlers.items():
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup: the run is to outlive its terminal
             previous = signal.signal(number, handler)
             self._previous.setdefault(number, previous)
 
