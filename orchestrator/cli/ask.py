@@ -22,6 +22,7 @@ from orchestrator.text import human_bytes, human_seconds, parse_duration
 _POLL_S = 0.1
 _FINISHED = "run_finished"
 _COMMITTED = "checkpoint_committed"
+_DROPPED = "save_dropped"
 
 
 @dataclass
@@ -103,16 +104,17 @@ def _stop(run: str, no_save: bool, timeout: float, as_json: bool) -> int:
     wait = _ask(found, "stop", not no_save, "", timeout, waits_for)
     events = wait.until(lambda event: event.get("event") == _FINISHED)
     saved = [event for event in events if event.get("event") == _COMMITTED]
-    return _tell(found, events[-1], saved[-1] if saved else None, as_json)
+    _tell(found, events[-1], saved[-1] if saved else None, as_json)
+    return 1 if events[-1].get("outcome") == "failed" else 0
 
 
-def _tell(run: RunDir, finished: Event, saved: Event | None, as_json: bool) -> int:
+def _tell(run: RunDir, finished: Event, saved: Event | None, as_json: bool) -> None:
     if as_json:
         print_json({"run": str(run.address), "finished": finished, "checkpoint": saved})
-        return 0
-    click.echo(f"run {run.address.name} {finished.get('outcome', 'ended')} at step {finished.get('step')}")
+        return
+    why = f": {finished.get('why')}" if finished.get("outcome") == "failed" and finished.get("why") else ""
+    click.echo(f"run {run.address.name} {finished.get('outcome', 'ended')} at step {finished.get('step')}{why}")
     click.echo(_saved(saved) if saved else "no checkpoint was written on the way")
-    return 0
 
 
 def _saved(event: Event) -> str:
@@ -127,14 +129,16 @@ def _save(run: str, name: str, timeout: float, as_json: bool) -> int:
     if live_driver(found.path) is None:
         return _not_live(found, as_json)
     wait = _ask(found, "save", True, name, timeout, "a checkpoint at the next resume point")
-    events = wait.until(lambda event: event.get("event") == _FINISHED or _answers(event, name))
+    events = wait.until(lambda event: _answers(event, name))
     last = events[-1]
-    if last.get("event") == _FINISHED and not any(event.get("event") == _COMMITTED for event in events):
+    if last.get("event") == _DROPPED:
+        raise OrchestratorError(f"run {found.address.name}: the checkpoint was not saved: {last.get('why')}")
+    saved = next((event for event in reversed(events) if _holds_as_much(event, name)), None)
+    if saved is None:
         raise OrchestratorError(
             f"run {found.address.name} {last.get('outcome', 'ended')} at step {last.get('step')} before it saved "
-            f"again; `orchestrator status {found.address}` shows its last checkpoint"
+            f"{f'as {name}' if name else 'again'}; `orchestrator status {found.address}` shows its last checkpoint"
         )
-    saved = [event for event in events if event.get("event") == _COMMITTED][-1]
     if as_json:
         print_json(saved)
     else:
@@ -143,12 +147,18 @@ def _save(run: str, name: str, timeout: float, as_json: bool) -> int:
 
 
 def _answers(event: Event, name: str) -> bool:
-    """A checkpoint that was asked for, or the run's last one, which holds as much."""
-    if event.get("event") != _COMMITTED:
-        return False
-    if name and event.get("name") not in (name, None):
-        return False
-    return event.get("reason") in ("requested", "stop", "final", "preemption")
+    """The checkpoint that was asked for, or one that holds as much; the word that it was dropped; the run's end."""
+    kind = event.get("event")
+    if kind == _DROPPED:
+        return event.get("reason") == "requested" and (event.get("name") or "") == name
+    if kind == _COMMITTED:
+        return _holds_as_much(event, name) and event.get("reason") in ("requested", "stop", "final", "preemption")
+    return kind == _FINISHED
+
+
+def _holds_as_much(event: Event, name: str) -> bool:
+    """Without a name any checkpoint since does; RUN@NAME is answered by that name alone."""
+    return event.get("event") == _COMMITTED and (not name or event.get("name") == name)
 
 
 _RUN = click.Argument(["run"], metavar="RUN")

@@ -6,7 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ import click
 from orchestrator import text
 from orchestrator.cli.output import print_json
 from orchestrator.cli.rundir import local_path
-from orchestrator.errors import UsageError
+from orchestrator.errors import StorageError, SupersededError, UsageError
 from orchestrator.spec import Retention
 from orchestrator.storage import checkpoints
 from orchestrator.storage.checkpoints import RunStore, Verdict
-from orchestrator.storage.commitlog import outcome_entry
+from orchestrator.storage.commitlog import LogEntry, outcome_entry
 from orchestrator.storage.layout import Selector, parse_selector
 from orchestrator.storage.lock import RunLock
 from orchestrator.storage.manifest import CheckpointRecord, Manifest
@@ -196,11 +196,22 @@ def _prune(run: str, dry_run: bool, as_json: bool, **asked: str | None) -> int:
     with RunLock(local_path(opened.address.uri)):
         ended = opened.log.outcome()
         opened.log.take_over()
-        report = prune(opened.log, retention)
-        if ended is not None:
-            # The takeover ended the word on how the run ended; nothing about that has changed.
-            opened.log.append(outcome_entry(**ended.body))
+        try:
+            report = prune(opened.log, retention)
+        except SupersededError:
+            raise  # the log is another driver's now
+        except BaseException:
+            with suppress(StorageError):
+                _end_again(opened, ended)
+            raise
+        _end_again(opened, ended)
     return _tell_pruned(report, False, as_json)
+
+
+def _end_again(run: RunStore, ended: LogEntry | None) -> None:
+    """The takeover ended the word on how the run ended; nothing about that has changed."""
+    if ended is not None:
+        run.log.append(outcome_entry(**ended.body))
 
 
 def _retention(asked: dict[str, str | None]) -> Retention:

@@ -10,7 +10,9 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors import safe_open
 
+from orchestrator.cli import checkpoint
 from orchestrator.cli.main import cli
+from orchestrator.errors import StorageError
 from orchestrator.storage.commitlog import CommitLog, checkpoint_entry, outcome_entry
 from orchestrator.storage.local import LocalStore
 from orchestrator.storage.lock import RunLock
@@ -117,6 +119,16 @@ def test_prune_keeps_what_rules_names_and_the_end_keep(run: Path) -> None:
     assert (refused.exit_code, "is live" in refused.stderr) == (2, True)
     assert call("prune", "train", "--keep-last", "1").exit_code == 0
     assert [item["step"] for item in facts("list", "train")] == [80, 120]
+    outcome = CommitLog(LocalStore(run)).outcome()
+    assert outcome is not None and outcome.body["outcome"] == "completed"
+
+
+def test_a_prune_that_fails_leaves_the_runs_end_as_it_was(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise StorageError("disk gone")
+
+    monkeypatch.setattr(checkpoint, "prune", fail)
+    assert call("prune", "train", "--keep-last", "1").exit_code == 1
     outcome = CommitLog(LocalStore(run)).outcome()
     assert outcome is not None and outcome.body["outcome"] == "completed"
 

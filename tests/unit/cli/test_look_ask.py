@@ -267,6 +267,12 @@ def test_stop_without_saving(world: World, monkeypatch: pytest.MonkeyPatch) -> N
     assert asked == [{"kind": "stop", "save": False, "name": ""}]
 
 
+def test_stopping_a_run_that_fails_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    play_driver(world, monkeypatch, {**FINISHED, "outcome": "failed", "exit_code": 1, "why": "rank 1 died"})
+    result = call("stop", "train")
+    assert (result.exit_code, result.stdout.splitlines()[0]) == (1, "run train failed at step 60: rank 1 died")
+
+
 def test_save_waits_for_its_own_checkpoint(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = {**SAVED, "step": 55, "reason": "requested", "name": "good"}
     asked = play_driver(world, monkeypatch, SAVED, {**mine, "name": "other"}, mine)
@@ -281,6 +287,21 @@ def test_a_run_that_ends_before_it_saves_is_told(world: World, monkeypatch: pyte
     result = call("save", "train")
     assert result.exit_code == 1
     assert "run train stopped at step 60 before it saved again" in result.stderr
+
+
+def test_a_name_is_answered_by_that_name_alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    play_driver(world, monkeypatch, {**SAVED, "reason": "requested"}, STOP_SAVE, FINISHED)
+    result = call("save", "train", "--name", "good")
+    assert result.exit_code == 1
+    assert "run train stopped at step 60 before it saved as good" in result.stderr
+
+
+def test_a_save_that_was_dropped_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped = {**SAVED, "event": "save_dropped", "step": 55, "reason": "requested", "why": "disk full"}
+    other = {**dropped, "name": "other", "why": "not mine"}
+    play_driver(world, monkeypatch, {**dropped, "name": "", "why": "nor this"}, other, {**dropped, "name": "good"})
+    result = call("save", "train", "--name", "good")
+    assert (result.exit_code, result.stderr) == (1, "error: run train: the checkpoint was not saved: disk full\n")
 
 
 @pytest.mark.parametrize("command", ["stop", "save"])
