@@ -136,13 +136,18 @@ class PlainWriter:
             data = manifest.to_bytes()
             self._place.store.write_new(manifest_path(manifest.directory), [data], len(data))
             log.append(checkpoint_entry(CheckpointRecord.of(manifest, crc32c(data))))
-            self.last_step = max(self.last_step, step)
+        except SupersededError:
+            raise
+        except (StorageError, OSError) as error:
+            _say(f"the checkpoint of step {step} was not saved ({error}); training goes on")
+            return
+        self.last_step = max(self.last_step, step)
+        try:
             prune(log, self._retention)
         except SupersededError:
             raise
         except (StorageError, OSError) as error:
-            text = f"orchestrator: the checkpoint of step {step} was not saved ({error}); training goes on"
-            print(text, file=sys.stderr, flush=True)
+            _say(f"old checkpoints could not be removed ({error}); training goes on")
 
     def _config(self, report: dict[str, Any]) -> dict[str, Any]:
         config = dict(report["head"].get("config") or {})
@@ -159,6 +164,10 @@ class PlainWriter:
     def abandon(self) -> None:
         """The script has failed: the run stays unfinished."""
         self._place.close()
+
+
+def _say(text: str) -> None:
+    print(f"orchestrator: {text}", file=sys.stderr, flush=True)
 
 
 def _copied(plan: CopyPlan, tensors: Named) -> memoryview:

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import orchestrator
-from orchestrator.errors import ConfigRefusedError, UsageError
+from orchestrator.errors import ConfigRefusedError, StorageError, UsageError
 from orchestrator.storage.checkpoints import list_checkpoints, open_run
+from orchestrator.worker import plain_writer
 from orchestrator.worker import run as run_module
 from orchestrator.worker.plain_end import ScriptEnd
 from orchestrator.worker.run import Run
@@ -153,6 +154,26 @@ def test_a_live_run_is_not_started_twice(start: Start) -> None:
     start()
     with pytest.raises(UsageError, match="is live"):
         Run()
+
+
+def test_a_checkpoint_is_saved_although_old_ones_cannot_be_removed(
+    start: Start, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise StorageError("read-only")
+
+    monkeypatch.setattr(plain_writer, "prune", fail)
+    run = start()
+    model, optimizer = build(run)
+    for batch in run.batches(DATA, batch_size=16):
+        train(model, optimizer, batch)
+        if run.step == 0:
+            run.save("kept")
+    end(run)
+    assert ("kept" in [name for _, _, name in start.reasons()], run.step) == (True, 3)
+    said = capfd.readouterr().err
+    assert "orchestrator: old checkpoints could not be removed (read-only); training goes on" in said
+    assert "was not saved" not in said
 
 
 def test_variables_that_cannot_be_read_are_named(bare: Start) -> None:
