@@ -24,7 +24,6 @@ from orchestrator.text import human_bytes, human_count, human_seconds
 from orchestrator.ui.lines import Progress, progress
 
 _POLL_S = 0.2
-PROGRESS_FILE = "progress.json"
 _RUN = click.Argument(["run"], metavar="RUN")
 
 
@@ -40,7 +39,7 @@ def state_of(history: History, live: Live | None) -> str:
 def read_progress(run: RunDir) -> Progress | None:
     """What a live driver last wrote down about its progress, if it does so."""
     try:
-        raw = json.loads((run.path / PROGRESS_FILE).read_bytes())
+        raw = json.loads((run.path / layout.PROGRESS_FILE).read_bytes())
         known = {name: raw[name] for name in ("total", "samples_per_s", "metrics", "eta_s") if name in raw}
         return Progress(int(raw["step"]), **known)
     except (OSError, ValueError, KeyError, TypeError):

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 from orchestrator.control.state import MachineView
 from orchestrator.driver.console import ConsolePort
+from orchestrator.storage.layout import PROGRESS_FILE
 
 _SMOOTHING = 0.3
+_WRITE_EVERY_S = 1.0
 
 
 class ProgressBoard:
     """The latest of every rank, rates, and what restarts have cost so far."""
 
-    def __init__(self, console: ConsolePort) -> None:
+    def __init__(self, console: ConsolePort, directory: Path) -> None:
         self._console = console
+        self._file = directory / PROGRESS_FILE
+        self._unwritten: dict[str, Any] | None = None
+        self._next_write = 0.0
+        with contextlib.suppress(OSError):
+            self._file.unlink(missing_ok=True)  # an earlier launch's
         self._metrics: dict[int, dict[str, float]] = {}
         self._main: dict[str, Any] = {}
         self._seen: tuple[float, int] | None = None
@@ -74,21 +85,33 @@ class ProgressBoard:
         return means
 
     def show(self, view: MachineView) -> None:
-        """Update the status line, if there is news."""
-        if not self._changed:
-            return
+        """Update the status line, and what `orchestrator status` reads, if there is news."""
+        if self._changed:
+            self._show(view)
+        if self._unwritten is not None and time.monotonic() >= self._next_write:
+            self._write(self._unwritten)
+
+    def _show(self, view: MachineView) -> None:
         self._changed = False
         total, index = self._main.get("total"), self._main.get("index", 0)
         left = (total - index) * self._main.get("step_s", 0.0) if total else None
         step = self._main.get("step", 0)
         steps_total = step + (total - index) // self._accumulate if total else None
+        reached = {"total": steps_total, "samples_per_s": self._rate, "metrics": self.latest(), "eta_s": left}
+        if self._main:
+            self._unwritten = {"step": step, **reached}
         self._console.progress(
             step,
-            total=steps_total,
-            samples_per_s=self._rate,
-            metrics=self.latest(),
-            eta_s=left,
+            **reached,
             last_checkpoint_step=view.committed_step,
             restarts=view.restarts,
             lost_s=self.lost_s,
         )
+
+    def _write(self, reached: dict[str, Any]) -> None:
+        """Whole or not at all. A full disk costs lookers the progress, nothing else."""
+        self._unwritten, self._next_write = None, time.monotonic() + _WRITE_EVERY_S
+        draft = self._file.with_name(f".tmp-{PROGRESS_FILE}")
+        with contextlib.suppress(OSError):
+            draft.write_text(json.dumps(reached))
+            os.replace(draft, self._file)

@@ -350,6 +350,7 @@ def _shown(directory: Path) -> str:
 def _plain(spec: RunSpec) -> dict[str, Any]:
     values = asdict(spec)
     values["env"] = [name for name, _ in spec.env]  # values may be secrets
+    values["log_dir"] = str(Path(spec.log_dir).resolve()) if spec.log_dir else None
     return values
 
 

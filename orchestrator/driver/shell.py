@@ -69,7 +69,7 @@ class Shell:
         self._first_attempt = machine.config.first_attempt
         self._reports: dict[tuple[int, int, str, str], CommitReport] = {}
         self._outbox: dict[str, list[dict[str, Any]]] = {}
-        self.board = ProgressBoard(console)
+        self.board = ProgressBoard(console, directory)
         self.finish: actions.Finish | None = None
         self._handlers = {
             actions.StartGroup: self._start_group,

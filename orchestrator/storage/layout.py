@@ -12,6 +12,7 @@ RUN_FILE = "run.json"
 JOURNAL = "journal.jsonl"
 LIVE_FILE = "live.json"
 LOCK_FILE = "lock"
+PROGRESS_FILE = "progress.json"
 LOGS = "logs"
 COMMITS = "commits"
 CHECKPOINTS = "checkpoints"
@@ -115,7 +116,6 @@ class Selector:
 
 
 LAST = Selector()
-BEST = Selector("best")
 
 
 def parse_selector(text: str) -> Selector:

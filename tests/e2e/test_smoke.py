@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from tests.e2e.harness import Launcher, assert_equal_states, state
 
 SCRIPT = """
@@ -46,5 +48,6 @@ def test_a_killed_rank_costs_nothing(launcher: Launcher) -> None:
     assert disturbed.wait() == 0
     recovered = disturbed.until_event("recovered")
     assert recovered["cause"] == "signal:9"
+    assert json.loads((disturbed.directory / "progress.json").read_text())["total"] == 80
     assert recovered["lost_steps"] == 0
     assert_equal_states(state(undisturbed.directory), state(disturbed.directory))
