@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.driver.console import ConsolePort
+from orchestrator.driver.signals import Interrupted, Signals
 from orchestrator.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -17,7 +18,17 @@ if TYPE_CHECKING:
 
 def run(spec: RunSpec, console: ConsolePort) -> int:
     """Launch and wait for the end. Returns the exit code. Raises UsageError before anything is started."""
-    return run_to_result(spec, console).exit_code
+    early = Signals()
+    early.install()  # Ray takes a second to import, and a signal meanwhile has its own exit code already
+    try:
+        prepare_ray(spec.address)
+        from orchestrator.driver.session import run_to_result as serve
+    except Interrupted as interrupted:
+        console.notice("interrupted before anything was started", "warning")
+        return interrupted.exit_code
+    finally:
+        early.restore()
+    return serve(spec, console).exit_code
 
 
 def run_to_result(spec: RunSpec, console: ConsolePort, cluster: Cluster | None = None) -> Result:
