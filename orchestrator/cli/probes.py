@@ -72,7 +72,7 @@ def torch() -> Finding:
 
 def ray() -> Finding:
     """Installed, new enough and importable?"""
-    found = package("ray", (2, 50))
+    found = package("ray", (2, 52))
     if found.level == "error":
         return found
     says, why = _ask_python("import ray;print(ray.__version__)")
