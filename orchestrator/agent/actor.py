@@ -21,10 +21,6 @@ class AgentActor:
         self._agent = NodeAgent(AgentSettings(**settings, gpu_ids=gpu_ids), _own_environment())
         self._agent.start()
 
-    def hello(self) -> dict[str, Any]:
-        """Where this agent is."""
-        return {"pid": os.getpid(), "host": os.uname().nodename}
-
     def commands(self, commands: list[dict[str, Any]]) -> None:
         """Carry out commands in order; effects arrive as events."""
         for command in commands:
@@ -37,9 +33,9 @@ class AgentActor:
 
     @ray.method(concurrency_group="bulk")
     def fetch(self, holder: str, step: int, pieces: list[str]) -> list[dict[str, Any]]:
-        """The slots behind an offer, as bytes, for an agent on another node."""
+        """The slots behind an offer, as bytes, for an agent on another node. Raises KeyError if they are gone."""
         parts = self._agent.holdings.parts(holder, step, pieces)
-        return [
+        slots = [
             {
                 "meta": part.segment.meta(part.slot),
                 "data": bytes(part.segment.data(part.slot)[: part.segment.data_bytes(part.slot)]),
@@ -48,6 +44,9 @@ class AgentActor:
             }
             for part in parts
         ]
+        if [part.slot for part in self._agent.holdings.parts(holder, step, pieces)] != [part.slot for part in parts]:
+            raise KeyError(f"{holder} was written to while step {step} was read from it")
+        return slots
 
     @ray.method(concurrency_group="bulk")
     def receive(self, holder: str, step: int, slots: list[dict[str, Any]]) -> None:
@@ -62,7 +61,7 @@ class AgentActor:
             segment.data(0)[: len(item["data"])] = item["data"]
             segment.complete(0, attempt, step, item["meta"], len(item["data"]))
             parts.append(Part(segment, 0, tuple(item["pieces"]), item["rank"]))
-        self._agent.holdings.fetched[holder] = parts
+        self._agent.holdings.keep_fetched(holder, parts)
 
     def check_token(self, path: str) -> str:
         """Read what the driver wrote to storage: all nodes must reach the same place."""

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.agent import zygote
@@ -42,13 +42,12 @@ class Worker:
     spare: Spare
     beat: BeatPage
     log_path: str
+    stepped: bool = False  # in this attempt
     exited: bool = False
     failed: bool = False  # it reported an exception and waits
     left: str = ""  # "finished" or "stopped"
     answer: dict[str, Any] | None = None  # to drain
     closed: bool = False
-    metrics: dict[str, float] = field(default_factory=dict)
-    last_signal: int = 0
 
     @property
     def pid(self) -> int:

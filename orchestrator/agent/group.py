@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.agent import children
 from orchestrator.agent.children import Spare, StoreHost, Worker
-from orchestrator.agent.held import Part
+from orchestrator.agent.held import Part, close
 from orchestrator.agent.launching import worker_spec
 from orchestrator.agent.oom import OomWatch, events_file
 from orchestrator.agent.output import append, open_log
@@ -82,13 +82,14 @@ class GroupHost:
             why = "the process that hosts the attempt's store ended before the attempt began"
             self._node.emit("StartFailed", attempt=self.attempt, why=why)
             return
-        try:
-            parts = self._resume_parts(command["resume"])
-        except KeyError as error:
-            self._node.emit("StartFailed", attempt=self.attempt, why=str(error))
-            return
-        for local_rank, rank in enumerate(command["ranks"]):
-            self._spawn(local_rank, rank, parts)
+        with self._node.holdings.lock:
+            try:
+                parts = self._resume_parts(command["resume"])
+            except KeyError as error:
+                self._node.emit("StartFailed", attempt=self.attempt, why=error.args[0])
+                return
+            for local_rank, rank in enumerate(command["ranks"]):
+                self._spawn(local_rank, rank, parts)
         self._tell_started()
         self._node.refill_later()
 
@@ -140,19 +141,21 @@ class GroupHost:
 
     def _on_worker(self, worker: Worker, message: wire.Message, descriptors: list[int]) -> None:
         operation = message.pop("op")
-        if worker.attempt != self.attempt:
-            for descriptor in descriptors:
-                os.close(descriptor)
-            return
-        getattr(self, f"_worker_{operation}")(worker, message, descriptors)
+        if worker.attempt == self.attempt:
+            getattr(self, f"_worker_{operation}")(worker, message, descriptors)
+        wire.discard(descriptors)  # those that no handler took out of the list
 
     def _on_closed(self, worker: Worker) -> None:
         worker.closed = True
 
     def _worker_segment(self, worker: Worker, message: wire.Message, descriptors: list[int]) -> None:
-        self._node.holdings.add(worker.attempt, worker.rank, message["kind"], Segment(descriptors[0]))
+        ranks = self._start["ranks"]
+        share = (ranks.index(worker.rank), len(ranks))
+        segment = Segment(descriptors.pop(0))
+        self._node.holdings.add(worker.attempt, worker.rank, message["kind"], segment, share)
 
     def _worker_stepped(self, worker: Worker, message: wire.Message, descriptors: list[int]) -> None:
+        worker.stepped = True
         self._node.emit("WorkerStepped", attempt=worker.attempt, rank=worker.rank, **message)
 
     def _worker_progress(self, worker: Worker, message: wire.Message, descriptors: list[int]) -> None:
@@ -196,16 +199,16 @@ class GroupHost:
         self._stage(worker, message, part, worker.rank, message["shares"])
 
     def _worker_staged_whole(self, worker: Worker, message: wire.Message, descriptors: list[int]) -> None:
-        segment = Segment(descriptors[0])
-        self._node.holdings.add(worker.attempt, worker.rank, "whole", segment)
+        segment = Segment(descriptors.pop(0))
         self._stage(worker, message, Part(segment, 0, ("head",), worker.rank), 0, 1)
+        close(segment)  # the saver's job has a descriptor of its own
 
     def _stage(self, worker: Worker, message: wire.Message, part: Part, index: int, shares: int) -> None:
         step, reason, name = message["step"], message["reason"], message["name"]
         event = {"attempt": worker.attempt, "step": step, "reason": reason, "name": name}
         extra = {"bytes": message["bytes"], "stall_ms": message.get("stall_ms", 0.0)}
         self._node.emit("SaveStaged", rank=index, world_size=shares, **event, **extra)
-        job = {"directory": self._directory(step, reason, name), "attempt": worker.attempt}
+        job = {"directory": self._directory(step, reason, name), "attempt": worker.attempt, "step": step}
         item = {"fd": 0, "slot": part.slot, "index": index, "pieces": list(part.pieces)}
         self._node.save({**job, "parts": [item]}, [part], {**event, "shares": shares, "indices": [index]})
 
@@ -218,10 +221,24 @@ class GroupHost:
 
     def exited(self, pid: int, status: int) -> None:
         """The zygote has reaped a process; if it was a worker that had not left, that is a failure."""
+        if self._store is not None and self._store.spare.pid == pid:
+            self._store_gone(children.describe_exit(status))
         worker = next((w for w in self.workers.values() if w.pid == pid), None)
         if worker is not None and not worker.exited:
             cause = children.describe_exit(status)
             self._gone(worker, "oom" if cause == "signal:9" and self._oom.took_one() else cause)
+
+    def _store_gone(self, cause: str) -> None:
+        """Ranks that have not found each other would look for it until they give up; later nobody needs it."""
+        if self._store is not None:
+            self._node.forget(self._store.spare.sock)
+            self._store = None
+        if all(worker.stepped or worker.left for worker in self.workers.values()):
+            return
+        why = f"the process that hosts the attempt's store ended ({cause}) before all ranks had stepped"
+        self._node.emit("StartFailed", attempt=self.attempt, why=why)
+        self._drain()
+        self._after_answer()
 
     def all_exited(self, cause: str) -> None:
         """The zygote has died, and every fork of it with it."""
@@ -237,16 +254,20 @@ class GroupHost:
         worker.exited = True
         self._hear_the_rest(worker)
         if worker.left:
+            self._not_salvaged(worker)
             self._after_answer()
             return
         if not worker.failed:
             step = max(0, worker.beat.words[RESUME_STEP])
             fields = {"cause": cause, "step": step, "at": time.monotonic(), "error": None, "alive": False}
             self._node.emit("WorkerFailed", attempt=worker.attempt, rank=worker.rank, **fields)
-        if worker.rank in self._elected:
-            self._salvage_failed(worker, "it died while it was writing")
+        self._not_salvaged(worker)
         self._drain()
         self._after_answer()
+
+    def _not_salvaged(self, worker: Worker) -> None:
+        if worker.rank in self._elected:
+            self._salvage_failed(worker, "it ended before it had written its state")
 
     def _hear_the_rest(self, worker: Worker) -> None:
         """What it sent before it died is still in the socket."""
@@ -314,7 +335,7 @@ class GroupHost:
         if not message["ok"]:
             self._salvage_failed(worker, message["why"])
             return
-        self._node.holdings.add(worker.attempt, worker.rank, "salvage", Segment(descriptors[0]))
+        self._node.holdings.add(worker.attempt, worker.rank, "salvage", Segment(descriptors.pop(0)))
         self._elected.discard(worker.rank)
         self._salvage_done()
 
@@ -338,25 +359,27 @@ class GroupHost:
 
     def _persist(self, command: dict[str, Any]) -> None:
         """Write this node's picks of a choice to storage; `index` numbers all picks of all nodes."""
-        items: list[dict[str, Any]] = []
-        parts: list[Part] = []
         event = {"attempt": command["attempt"], "step": command["step"], "reason": command["reason"], "name": ""}
         indices = [pick["index"] for pick in command["picks"]]
         try:
-            for pick in command["picks"]:
-                found = self._node.holdings.parts(pick["holder"], command["step"], pick["pieces"])
-                for number, part in enumerate(found):
-                    index = pick["index"] if number == len(found) - 1 else None
-                    items.append({"fd": len(parts), "slot": part.slot, "index": index, "pieces": list(part.pieces)})
-                    parts.append(part)
+            with self._node.holdings.lock:
+                self._persist_picks(command, {**event, "shares": command["shares"], "indices": indices})
         except KeyError as error:
             for index in indices:
-                self._node.emit("ShardLost", rank=index, why=str(error), **event)
-            return
-        token = f"{command['token']}{command['reason']}"
-        job = {"directory": checkpoint_dir(command["step"], command["attempt"], token)}
-        context = {**event, "shares": command["shares"], "indices": indices}
-        self._node.save({**job, "attempt": command["attempt"], "parts": items}, parts, context)
+                self._node.emit("ShardLost", rank=index, why=error.args[0], **event)
+
+    def _persist_picks(self, command: dict[str, Any], context: dict[str, Any]) -> None:
+        items: list[dict[str, Any]] = []
+        parts: list[Part] = []
+        for pick in command["picks"]:
+            found = self._node.holdings.parts(pick["holder"], command["step"], pick["pieces"])
+            for number, part in enumerate(found):
+                index = pick["index"] if number == len(found) - 1 else None
+                items.append({"fd": len(parts), "slot": part.slot, "index": index, "pieces": list(part.pieces)})
+                parts.append(part)
+        attempt, step = command["attempt"], command["step"]
+        directory = checkpoint_dir(step, attempt, f"{command['token']}{command['reason']}")
+        self._node.save({"directory": directory, "attempt": attempt, "step": step, "parts": items}, parts, context)
 
     def _order(self, command: dict[str, Any]) -> None:
         for worker in self._survivors():
@@ -387,6 +410,7 @@ class GroupHost:
             worker.exited = True
             self._flush_output(worker)
             self._node.forget(worker.spare.sock)
+            worker.beat.close()
         self.workers = {}
         self._elected = set()
         if self._store is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +14,45 @@ from orchestrator.worker.shm import Segment, SlotLabel
 
 @dataclass
 class Held:
-    """One segment of one rank of one attempt. `kind`: heads, buffers, arena, salvage, whole, fetched."""
+    """One segment of one rank of one attempt. `kind`: heads, buffers, arena, salvage, whole.
+
+    `share`: (number, count) of the rank among those of its node, by which snapshots are dealt out.
+    """
 
     attempt: int
     rank: int
     kind: str
     segment: Segment
+    share: tuple[int, int] = (0, 1)
+    _read: dict[int, tuple[int, dict[str, Any]]] = field(default_factory=dict)  # slot → order, facts
+
+    def labels(self) -> list[SlotLabel]:
+        """Valid slots of this attempt."""
+        return [label for label in self.segment.labels() if label.attempt == self.attempt]
+
+    def facts(self, label: SlotLabel) -> dict[str, Any] | None:
+        """What the slot's JSON part says, read once; None if a live writer has gone on to another step since."""
+        order, known = self._read.get(label.index, (-1, {}))
+        if order == label.order:
+            return known
+        text = self.segment.meta_of(label)
+        if text is None:
+            return None
+        known = self._facts(text)
+        self._read[label.index] = (label.order, known)
+        return known
+
+    def facts_at(self, step: int) -> dict[str, Any] | None:
+        """The same for the latest slot of `step`, None if there is none."""
+        hits = [label for label in self.labels() if label.step == step]
+        return self.facts(max(hits, key=lambda label: label.order)) if hits else None
+
+    def _facts(self, text: bytes) -> dict[str, Any]:
+        """A snapshot's table of tensors is long, and reading it would be time that a restart waits."""
+        if self.kind == "arena" and b'"final": true' not in text:
+            return {"final": False}
+        facts: dict[str, Any] = json.loads(text)
+        return facts
 
 
 @dataclass(frozen=True)
@@ -33,26 +67,38 @@ class Part:
 
 @dataclass
 class Holdings:
-    """All segments of a node, newest attempt last."""
+    """All segments of a node, newest attempt last. Agents on other nodes use it from other threads.
+
+    `lock` is for who uses a part's descriptor: without it another thread may close it in between.
+    """
 
     agent: str
     items: list[Held] = field(default_factory=list)
     fetched: dict[str, list[Part]] = field(default_factory=dict)
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
-    def add(self, attempt: int, rank: int, kind: str, segment: Segment) -> None:
+    def add(self, attempt: int, rank: int, kind: str, segment: Segment, share: tuple[int, int] = (0, 1)) -> None:
         """Keep a segment; it replaces an older one of the same rank and kind in the same attempt."""
-        for old in [h for h in self.items if (h.attempt, h.rank, h.kind) == (attempt, rank, kind)]:
-            if kind != "whole":
+        with self.lock:
+            for old in [h for h in self.items if (h.attempt, h.rank, h.kind) == (attempt, rank, kind)]:
                 self._drop(old)
-        self.items.append(Held(attempt, rank, kind, segment))
+            self.items.append(Held(attempt, rank, kind, segment, share))
+
+    def keep_fetched(self, holder: str, parts: list[Part]) -> None:
+        """Keep what another node supplied under that holder's name, in place of an earlier step's."""
+        with self.lock:
+            for part in self.fetched.pop(holder, []):
+                close(part.segment)
+            self.fetched[holder] = parts
 
     def release(self, attempt: int) -> None:
-        """Free everything of this attempt and earlier ones. The saver has descriptors of its own."""
-        for held in [held for held in self.items if held.attempt <= attempt]:
-            self._drop(held)
-        for holder in [h for h in self.fetched if int(h.split("/")[1][1:]) <= attempt]:
-            for part in self.fetched.pop(holder):
-                close(part.segment)
+        """Free everything of this attempt and earlier ones. Jobs of the saver have descriptors of their own."""
+        with self.lock:
+            for held in [held for held in self.items if held.attempt <= attempt]:
+                self._drop(held)
+            for holder in [h for h in self.fetched if _attempt_of(h) <= attempt]:
+                for part in self.fetched.pop(holder):
+                    close(part.segment)
 
     def _drop(self, held: Held) -> None:
         self.items.remove(held)
@@ -60,7 +106,12 @@ class Holdings:
 
     def of(self, attempt: int, rank: int, kind: str) -> Segment | None:
         """The segment of a rank, if it has one."""
-        hits = [h.segment for h in self.items if (h.attempt, h.rank, h.kind) == (attempt, rank, kind)]
+        held = self._held(attempt, rank, kind)
+        return held.segment if held is not None else None
+
+    def _held(self, attempt: int, rank: int, kind: str) -> Held | None:
+        with self.lock:
+            hits = [h for h in self.items if (h.attempt, h.rank, h.kind) == (attempt, rank, kind)]
         return hits[-1] if hits else None
 
     # -- offers ---------------------------------------------------------------------------------------------------
@@ -88,15 +139,15 @@ class Holdings:
         return self._offer("LIVE", step, attempt, rank, "salvage", ["all", f"rank:{rank}"])
 
     def _heads(self, attempt: int, rank: int, live_steps: set[int]) -> list[dict[str, Any]]:
-        heads = self.of(attempt, rank, "heads")
+        heads = self._held(attempt, rank, "heads")
         if heads is None:
             return []
         found = []
-        for label in _of_attempt(heads, attempt):
-            meta = json.loads(heads.meta(label.index))
-            if self._lacks_buffers(attempt, label.step, meta):
+        for label in heads.labels():
+            meta = heads.facts(label)
+            if meta is None or self._lacks_buffers(attempt, label.step, meta):
                 continue
-            if not self._speaks_for_main(attempt, rank, label.step, meta):
+            if not self._speaks_for_main(attempt, rank, label.step):
                 continue
             tier = "LIVE" if label.step in live_steps else "MEMORY"
             found.append(self._offer(tier, label.step, attempt, rank, "heads", ["head"]))
@@ -109,40 +160,48 @@ class Holdings:
         buffers = self.of(attempt, 0, "buffers")
         return buffers is None or buffers.find(attempt, step) is None
 
-    def _speaks_for_main(self, attempt: int, rank: int, step: int, meta: dict[str, Any]) -> bool:
+    def _speaks_for_main(self, attempt: int, rank: int, step: int) -> bool:
         """rank 0's `run.state` counts. Another rank's record stands in for it only where both were equal so far."""
         if rank == 0:
             return True
-        main = self.of(attempt, 0, "heads")
-        if main is None or main.find(attempt, step) is not None:
+        main, mine = self._held(attempt, 0, "heads"), self._held(attempt, rank, "heads")
+        if main is None or mine is None or main.segment.find(attempt, step) is not None:
             return False
-        mine = self.of(attempt, rank, "heads")
-        slot, own = main.find(attempt, step - 1), mine.find(attempt, step - 1) if mine else None
-        if slot is None or own is None or mine is None:
+        theirs, own = main.facts_at(step - 1), mine.facts_at(step - 1)
+        if theirs is None or own is None:
             return False
-        return bool(json.loads(main.meta(slot))["head"]["user"] == json.loads(mine.meta(own))["head"]["user"])
+        return bool(theirs["head"]["user"] == own["head"]["user"])
 
     def _arena(self, attempt: int, rank: int) -> list[dict[str, Any]]:
-        arena = self.of(attempt, rank, "arena")
+        arena = self._held(attempt, rank, "arena")
+        if arena is None:
+            return []
+        number, count = arena.share
+        pieces = [f"share:{number}/{count}", f"rank:{rank}", *(["head"] if rank == 0 else [])]
         found = []
-        for label in _of_attempt(arena, attempt) if arena is not None else []:
-            meta = json.loads(arena.meta(label.index)) if arena is not None else {}
-            if meta.get("final"):
-                continue
-            pieces = [f"share:{meta['local_rank']}/{meta['local_world_size']}", f"rank:{rank}"]
-            found.append(
-                self._offer("MEMORY", label.step, attempt, rank, "arena", pieces + (["head"] if rank == 0 else []))
-            )
+        for label in arena.labels():
+            facts = arena.facts(label)
+            if facts is not None and not facts["final"]:
+                found.append(self._offer("MEMORY", label.step, attempt, rank, "arena", pieces))
         return found
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
     def parts(self, holder: str, step: int, pieces: list[str]) -> list[Part]:
         """The slots behind an offer of this node (or fetched from another). Raises KeyError if they are gone."""
-        if holder in self.fetched:
-            return self.fetched[holder]
-        _agent, attempt_text, rank_text, kind = holder.split("/")
-        attempt, rank = int(attempt_text[1:]), int(rank_text[5:])
+        with self.lock:
+            if holder in self.fetched:
+                return self._fetched_parts(holder, step)
+            return self._own_parts(holder, step, pieces)
+
+    def _fetched_parts(self, holder: str, step: int) -> list[Part]:
+        parts, attempt = self.fetched[holder], _attempt_of(holder)
+        if any(part.segment.find(attempt, step) != part.slot for part in parts):
+            raise KeyError(f"step {step} of {holder} was not brought here; what is here is an earlier transfer's")
+        return parts
+
+    def _own_parts(self, holder: str, step: int, pieces: list[str]) -> list[Part]:
+        attempt, rank, kind = _attempt_of(holder), int(holder.split("/")[2][5:]), holder.split("/")[3]
         if kind == "heads":
             return self._head_parts(attempt, rank, step)
         segment = self.of(attempt, rank, kind)
@@ -164,8 +223,13 @@ class Holdings:
         return parts
 
 
-def _of_attempt(segment: Segment, attempt: int) -> list[SlotLabel]:
-    return [label for label in segment.labels() if label.attempt == attempt]
+def _attempt_of(holder: str) -> int:
+    return int(holder.split("/")[1][1:])
+
+
+def label_at(segment: Segment, slot: int, step: int) -> SlotLabel | None:
+    """The label of a slot, if it is valid and that of `step`."""
+    return next((label for label in segment.labels() if (label.index, label.step) == (slot, step)), None)
 
 
 def close(segment: Segment) -> None:

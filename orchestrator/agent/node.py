@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from orchestrator.agent import children
 from orchestrator.agent.children import Spare, StoreHost
 from orchestrator.agent.group import GroupHost
-from orchestrator.agent.held import Holdings, Part
+from orchestrator.agent.held import Holdings, Part, label_at
 from orchestrator.agent.lease import CHECK_EVERY_S, Lease, watch
 from orchestrator.agent.output import OutputTail, open_log
 from orchestrator.worker import wire
@@ -55,10 +55,11 @@ class AgentSettings:
 
 @dataclass
 class _SaveJob:
-    """What the saver was asked for, until it has answered."""
+    """What the saver was asked for, until it has answered. `descriptors`: its own, of the parts' segments."""
 
     message: dict[str, Any]
     parts: list[Part]
+    descriptors: list[int]
     context: dict[str, Any]
     repeated: bool = False
 
@@ -230,7 +231,8 @@ class NodeAgent:
         if received is None:
             self._zygote_lost()
             return
-        message, _ = received
+        message, descriptors = received
+        wire.discard(descriptors)
         operation = message["op"]
         if operation == "ready":
             self.ready.set()
@@ -302,23 +304,27 @@ class NodeAgent:
         """Give the saver a job; `context` comes back with its answer as ShardPersisted or ShardLost."""
         self._job_count += 1
         message = {"op": "write", "id": self._job_count, "uri": self.settings.run_uri, **job}
-        self._jobs[self._job_count] = _SaveJob(message, parts, context)
+        descriptors = [os.dup(part.segment.fd) for part in parts]
+        self._jobs[self._job_count] = _SaveJob(message, parts, descriptors, context)
         self._send_job(self._jobs[self._job_count])
 
     def _send_job(self, job: _SaveJob) -> None:
         with contextlib.suppress(OSError):  # a dead saver is noticed by its socket's end
-            wire.send(self._saver_sock, job.message, tuple(part.segment.fd for part in job.parts))
+            wire.send(self._saver_sock, job.message, tuple(job.descriptors))
 
     def _on_saver(self) -> None:
         received = wire.receive(self._saver_sock)
         if received is None:
             self._saver_lost()
             return
-        message, _ = received
+        message, descriptors = received
+        wire.discard(descriptors)
         self._answer(message["id"], message.get("shards"), message.get("why", ""))
 
     def _answer(self, job: int, shards: list[dict[str, Any]] | None, why: str) -> None:
-        context = self._jobs.pop(job).context
+        done = self._jobs.pop(job)
+        wire.discard(done.descriptors)
+        context = done.context
         if shards is None:
             for rank in context.pop("indices"):
                 context.pop("shares", None)
@@ -335,7 +341,8 @@ class NodeAgent:
         for number, job in list(self._jobs.items()):
             if job.repeated:
                 for part in job.parts:
-                    part.segment.unpin(part.slot)
+                    if label_at(part.segment, part.slot, job.message["step"]) is not None:
+                        part.segment.unpin(part.slot)
                 self._answer(number, None, f"the saver process died twice over it, last by {cause}")
         self._start_saver()
         for job in self._jobs.values():

@@ -1,7 +1,7 @@
 """The saver: a process of its own that writes slots of shared memory to storage while training goes on.
 
-Jobs over one socket: ``{"op": "write", "id", "directory", "uri", "parts": [{"fd", "slot", "pieces", "index"}], …}``
-with the segments' descriptors (a part without an index lends its head only); answers are ``{"op": "written", "id",
+Jobs over one socket: ``{"op": "write", "id", "directory", "uri", "step", "parts": [{"fd", "slot", "pieces", "index"}],
+…}`` with the segments' descriptors (a part without an index lends its head only); answers are ``{"op": "written", "id",
 "shards": […]}`` or ``{"op": "failed", "id", "why"}``. It imports no torch.
 """
 
@@ -15,13 +15,14 @@ import socket
 import sys
 from typing import Any
 
+from orchestrator.agent.held import label_at
 from orchestrator.storage.heads import checkpoint_head
 from orchestrator.storage.layout import shard_path
 from orchestrator.storage.segment import TensorEntry
 from orchestrator.storage.shards import write_shard
 from orchestrator.storage.store import open_store
 from orchestrator.worker import wire
-from orchestrator.worker.shm import Segment
+from orchestrator.worker.shm import Segment, SlotLabel
 
 
 def main() -> None:
@@ -43,9 +44,13 @@ def main() -> None:
 
 
 def write(job: dict[str, Any], descriptors: list[int]) -> list[dict[str, Any]]:
-    """Write every part as one shard of the checkpoint; slots are unpinned whatever happens. Raises StorageError."""
+    """Write every part as one shard of the checkpoint; slots are unpinned whatever happens.
+
+    Raises StorageError, and RuntimeError if a slot is not (or did not stay) that of the job's step.
+    """
     segments = [Segment(fd) for fd in descriptors]
     try:
+        labels = _labels(job, segments)
         store = open_store(job["uri"])
         metas = [json.loads(segments[part["fd"]].meta(part["slot"])) for part in job["parts"]]
         head = checkpoint_head(_by_authority(job["parts"], metas))
@@ -53,12 +58,24 @@ def write(job: dict[str, Any], descriptors: list[int]) -> list[dict[str, Any]]:
         for part, meta in zip(job["parts"], metas, strict=True):
             if part["index"] is not None:
                 reports.append(_write_part(store, job, part, meta, head, segments[part["fd"]]))
+        if _labels(job, segments) != labels:
+            raise RuntimeError(f"the state of step {job['step']} was overwritten while it was being written to storage")
         return reports
     finally:
         for part in job["parts"]:
-            segments[part["fd"]].unpin(part["slot"])
+            if label_at(segments[part["fd"]], part["slot"], job["step"]) is not None:  # else another job's
+                segments[part["fd"]].unpin(part["slot"])
         for segment in segments:
             os.close(segment.fd)
+
+
+def _labels(job: dict[str, Any], segments: list[Segment]) -> list[SlotLabel]:
+    """Those of all parts' slots. One that a saver unpinned before it was killed may hold another step by now."""
+    found = [label_at(segments[part["fd"]], part["slot"], job["step"]) for part in job["parts"]]
+    labels = [label for label in found if label is not None]
+    if len(labels) < len(found):
+        raise RuntimeError(f"the state of step {job['step']} is not in its slot any more")
+    return labels
 
 
 def _by_authority(parts: list[dict[str, Any]], metas: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -276,9 +276,9 @@ class Shell:
         host, port = self._stores[main].pop(0)
         resume = self._resume(action)
         agents = list(dict.fromkeys(agent for _, agent in action.placement))
+        self._transfer(action, agents)
         for number, agent in enumerate(agents):
             ranks = [rank for rank, home in action.placement if home == agent]
-            self._transfer(action, agent)
             command = {
                 "op": "start",
                 "attempt": action.attempt,
@@ -317,20 +317,28 @@ class Shell:
         self._journal.record("checkpoint_rejected", fields)
         self._console.event("checkpoint_rejected", fields)
 
-    def _transfer(self, action: actions.StartGroup, agent: str) -> None:
-        """Bring what other nodes hold to this one, before its workers start."""
-        if action.resume is None:
-            return
-        for offer, pieces in action.resume.picks:
-            if offer.agent != agent and offer.agent in self._agents:
-                arguments = (offer.holder, action.resume.step, sorted(pieces))
-                slots = self._agents[offer.agent].actor.fetch.remote(*arguments)
-                receiver = self._agents[agent].actor.receive
-                try:
-                    ray.get(receiver.remote(offer.holder, action.resume.step, slots), timeout=TRANSFER_TIMEOUT_S)
-                except RayError as error:  # the agent that lacks it says so when it is told to start
-                    why = str(error).strip().splitlines()[-1][:300]
-                    self._console.notice(f"{offer.holder} could not be brought to {agent}: {why}", "warning")
+    def _transfer(self, action: actions.StartGroup, agents: list[str]) -> None:
+        """Bring what nodes hold to all others, before workers start.
+
+        An agent that was not brought what it needs fails the attempt when it is told to start.
+        """
+        transfers: dict[Any, str] = {}
+        for offer, pieces in action.resume.picks if action.resume is not None else ():
+            receivers = [agent for agent in agents if agent != offer.agent and agent in self._agents]
+            if not receivers or action.resume is None or offer.agent not in self._agents:
+                continue
+            step = action.resume.step
+            slots = self._agents[offer.agent].actor.fetch.remote(offer.holder, step, sorted(pieces))
+            for agent in receivers:
+                done = self._agents[agent].actor.receive.remote(offer.holder, step, slots)
+                transfers[done] = f"{offer.holder} could not be brought to {agent}"
+        deadline = time.monotonic() + TRANSFER_TIMEOUT_S
+        for done, what in transfers.items():
+            try:
+                ray.get(done, timeout=max(0.0, deadline - time.monotonic()))
+            except RayError as error:
+                why = (str(error).strip() or type(error).__name__).splitlines()[-1][:300]
+                self._console.notice(f"{what}: {why}", "warning")
 
     def _drain(self, action: actions.Drain) -> None:
         self._send_all({"op": "drain", "attempt": action.attempt})

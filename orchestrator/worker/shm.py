@@ -126,6 +126,18 @@ class Segment:
         start = self._start(slot) + PAGE
         return self._map[start : start + self._headers[slot][_META]]
 
+    def meta_of(self, label: SlotLabel) -> bytes | None:
+        """The JSON part of the slot that `label` describes, or None if its writer, alive, has gone on since."""
+        if not self._holds(label):
+            return None
+        meta = self.meta(label.index)
+        return meta if self._holds(label) else None
+
+    def _holds(self, label: SlotLabel) -> bool:
+        header = self._headers[label.index]
+        now = header[_STATE], header[_ATTEMPT], header[_STEP], header[_ORDER]
+        return now == (1, label.attempt, label.step, label.order)
+
     def data_bytes(self, slot: int) -> int:
         return self._headers[slot][_DATA]
 
@@ -154,6 +166,9 @@ class BeatPage:
         return page
 
     def close(self) -> None:
+        """Give memory and descriptor back. Safe to repeat."""
         self.words.release()
         self._map.close()
-        os.close(self.fd)
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)

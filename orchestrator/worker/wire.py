@@ -49,21 +49,23 @@ def _send(sock: socket.socket, payload: bytes, descriptors: tuple[int, ...]) -> 
 def receive(sock: socket.socket) -> tuple[Message, list[int]] | None:
     """The next message and its descriptors (now owned by the caller), or None when the other side has closed.
 
-    Raises BlockingIOError on a non-blocking socket with nothing to read.
+    Raises BlockingIOError on a non-blocking socket with nothing to read, RuntimeError if descriptors were lost.
     """
     descriptors = array.array("i")
     space = socket.CMSG_SPACE((MAX_DESCRIPTORS + 1) * descriptors.itemsize)
     try:
-        payload, ancillary, _flags, _address = sock.recvmsg(_RECEIVE_BYTES, space, socket.MSG_CMSG_CLOEXEC)
+        payload, ancillary, flags, _address = sock.recvmsg(_RECEIVE_BYTES, space, socket.MSG_CMSG_CLOEXEC)
     except ConnectionResetError:
         return None
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
     received = list(descriptors)
+    if flags & socket.MSG_CTRUNC:
+        discard(received)
+        raise RuntimeError("a message came without its descriptors: too many open files here; raise `ulimit -n`")
     if not payload:
-        for fd in received:
-            os.close(fd)
+        discard(received)
         return None
     if payload == b"+":
         blob = received.pop()
@@ -71,3 +73,9 @@ def receive(sock: socket.socket) -> tuple[Message, list[int]] | None:
             file.seek(0)
             payload = file.read()
     return json.loads(payload), received
+
+
+def discard(descriptors: list[int]) -> None:
+    """Close descriptors that came with a message and that nobody took."""
+    while descriptors:
+        os.close(descriptors.pop())
