@@ -40,7 +40,6 @@ def worker_spec(
             "world_size": start["world_size"],
             "local_world_size": len(start["ranks"]),
             "run_name": settings.run_name,
-            "run_dir": settings.run_uri,
             "log_path": log_path,
             "store_host": start["store"]["host"],
             "store_port": start["store"]["port"],

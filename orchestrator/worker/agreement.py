@@ -8,6 +8,7 @@ boundary.
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -68,16 +69,16 @@ class Agreement:
         """Whether a round was posted that is still to be read."""
         return self._pending is not None
 
-    def at_boundary(self, wishes: dict[Wish, int]) -> Agreed | None:
+    def at_boundary(self, wishes: Callable[[], dict[Wish, int]]) -> Agreed | None:
         """Post and read as due; what was agreed on, at the boundaries where a round ends. Raises PeerLostError."""
         if self._control is None:
-            return _agreed(wishes)
+            return _agreed(wishes())
         self._countdown -= 1
         if self._countdown > 0:
             return None
         agreed = self._read()
         self._adapt(agreed)
-        self._post(wishes)
+        self._post(wishes())
         self._countdown = self._stride
         return agreed
 

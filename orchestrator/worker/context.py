@@ -23,7 +23,6 @@ class WorkerContext:
     world_size: int
     local_world_size: int
     run_name: str
-    run_dir: str
     log_path: str
     store_host: str
     store_port: int

@@ -53,32 +53,39 @@ def view_of(data: memoryview, entry: TensorEntry) -> torch.Tensor:
 
 
 class CopyPlan:
-    """Table and views for one list of tensors; valid while the very same tensor objects are to be copied."""
+    """Table and views for one list of tensors; valid while the very same tensor objects are to be copied.
+
+    It reads the live tensors: `p.data = …`, `module.half()` and `vector_to_parameters` give them other memory.
+    """
 
     def __init__(self, tensors: Named) -> None:
         sources = dict(tensors)
         self.table, self.data_bytes = layout(
             (name, dtype_name(tensor, name), tuple(tensor.shape)) for name, tensor in sources.items()
         )
-        self._ids = [id(tensor) for _, tensor in tensors]
+        self._tensors = [tensor for _, tensor in tensors]
+        self._kinds = [(tensor.dtype, tensor.shape) for tensor in self._tensors]
         self._filled = [entry for entry in self.table if entry.end > entry.begin]
-        self._sources = [sources[entry.name].detach() for entry in self._filled]
-        self._keep = [tensor for _, tensor in tensors]  # an id is only a name while its object lives
-        self._views: dict[tuple[int, int], list[torch.Tensor]] = {}
+        self._sources = [sources[entry.name] for entry in self._filled]
+        self._segment: Segment | None = None
+        self._views: dict[int, list[torch.Tensor]] = {}  # of that segment, by slot
         self.table_json = json.dumps([entry.to_json() for entry in self.table])
 
     def fits(self, tensors: Named) -> bool:
-        """Whether these are the very tensors that the plan was made for."""
-        ids = self._ids
-        return len(tensors) == len(ids) and all(id(pair[1]) == known for pair, known in zip(tensors, ids, strict=True))
+        """Whether these are the very tensors that the plan was made for, of the same dtypes and shapes."""
+        return len(tensors) == len(self._tensors) and all(
+            tensor is known and (tensor.dtype, tensor.shape) == kind
+            for (_, tensor), known, kind in zip(tensors, self._tensors, self._kinds, strict=True)
+        )
 
     def copy(self, segment: Segment, slot: int) -> None:
         """Copy all tensors into the slot's data area; on CUDA it waits for the copies."""
-        key = (segment.fd, slot)
-        views = self._views.get(key)
+        if segment is not self._segment:
+            self._segment, self._views = segment, {}
+        views = self._views.get(slot)
         if views is None:
             data = segment.data(slot)
-            views = self._views[key] = [view_of(data, entry) for entry in self._filled]
+            views = self._views[slot] = [view_of(data, entry) for entry in self._filled]
         if views:
             with torch.no_grad():
                 torch._foreach_copy_(views, self._sources)

@@ -79,7 +79,7 @@ class Crossing(Leaving):
         faults.at("boundary", self.step)
         now = time.monotonic()
         self._time_step(now)
-        agreed = None if self.agreement.every_step else self.agreement.at_boundary(self._wishes(now))
+        agreed = None if self.agreement.every_step else self.agreement.at_boundary(lambda: self._wishes(now))
         if agreed is not None:
             self._take(agreed, fresh=self.group.control is None)
         if stepped and self._due_by_step():

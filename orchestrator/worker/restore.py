@@ -26,6 +26,10 @@ class Source(Protocol):
         """CPU tensors by full name; digests are verified where the tier has any. Raises CheckpointDamagedError."""
         ...
 
+    def forget(self) -> None:
+        """Nothing will be fetched any more; `head` stays."""
+        ...
+
 
 def open_source(resume: dict[str, Any] | None, descriptors: list[int]) -> Source | None:
     """The source that the agent named, or None for a fresh start."""
@@ -44,7 +48,7 @@ class SegmentSource:
     def __init__(self, resume: dict[str, Any], descriptors: list[int]) -> None:
         self.step: int = resume["step"]
         self.reason = "recovery"
-        segments = [Segment(fd) for fd in descriptors]
+        segments = self._segments = [Segment(fd) for fd in descriptors]
         heads: list[dict[str, Any]] = []
         rest: list[dict[str, Any]] = []
         self._where: dict[str, tuple[Segment, int, TensorEntry]] = {}
@@ -64,3 +68,10 @@ class SegmentSource:
             segment, slot, entry = self._where[name]
             found[name] = view_of(segment.data(slot), entry)
         return found
+
+    def forget(self) -> None:
+        """The memory is that of a whole state."""
+        self._where.clear()
+        for segment in self._segments:
+            segment.close()
+        self._segments.clear()

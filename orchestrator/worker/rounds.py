@@ -70,8 +70,15 @@ class Rounds(Tracking):
             self._stage(*self.saves.begin(together))
         elif self.step % self._snapshot_stride == 0:
             self._copied(self.saver.snapshot(self.step, self.head()))
-        for name in self.saves.alone(together):
-            self.saver.stage_whole(self.step, self.head(waits=True), "requested", name)
+        self._save_alone()
+
+    def _save_alone(self, last: bool = False) -> None:
+        """What rank 0 saves by itself. `last`: no resume point follows, so nothing can wait for it."""
+
+        def stage(name: str) -> bool:
+            return self.saver.stage_whole(self.step, self.head(waits=True), "requested", name, last)
+
+        self.saves.alone(self._saves_together, stage)
 
     @property
     def _stop_reason(self) -> str:

@@ -58,7 +58,7 @@ class Run(Crossing):
         super().__init__(context, group, options, source)
         self.seed = self._settle_seed(options.get("seed"))
         rng.seed_all(rng.derive(self.seed, "init"))
-        self._strategy, self._strategy_reason = strategies.choose(options.get("strategy", "auto"), group.world_size)
+        self._strategy, _ = strategies.choose(options.get("strategy", "auto"), group.world_size)
         self._strategy.on_forward(self._after_forward)
         self.metrics = Metrics(group)
         self._opened_epochs: set[str] = set()
@@ -278,11 +278,6 @@ def _seed_of_script() -> int:
     seed = torch.initial_seed()
     unset = seed == _UNSEEDED and seed >= _SCRIPT_SEEDS
     return 0 if unset else seed
-
-
-def active_context() -> WorkerContext | None:
-    """The launcher's context of this process, if it has one."""
-    return context_module.CURRENT
 
 
 __all__ = ["ACTIVE", "Group", "Run", "init"]

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,6 @@ class SideThread(threading.Thread):
     def __init__(self, context: WorkerContext) -> None:
         super().__init__(name="orchestrator-side", daemon=True)
         self._context = context
-        self._drained = False
 
     def run(self) -> None:
         while True:
@@ -58,8 +56,6 @@ class SideThread(threading.Thread):
             run = run_module.ACTIVE
             if run is not None:
                 run.saves.order_named(message["name"])
-        elif operation == "stacks":
-            _print_stacks()
 
     def _end(self) -> None:
         """The agent is gone: nobody will use what this process does. Its data loaders go with it."""
@@ -91,15 +87,8 @@ class SideThread(threading.Thread):
             self._context.tell(answer | {"why": f"the state here is that of step {run.guard.resume_step}"})
             return
         segment = run.salvage_segment()
-        if not run.guard.is_clean():
+        if run.guard.resume_step != message["step"] or not run.guard.is_clean():
             self._context.tell(answer | {"why": "a tracked tensor was written to while it was being copied"})
             return
         self._context.tell(answer | {"ok": True, "step": message["step"]}, (segment.fd,))
-
-
-def _print_stacks() -> None:
-    import traceback
-
-    for thread_id, frame in sys._current_frames().items():
-        print(f"-- thread {thread_id}", file=sys.stderr)
-        traceback.print_stack(frame, file=sys.stderr)
+        segment.close()

@@ -29,7 +29,6 @@ class SlotLabel:
     attempt: int
     step: int
     order: int
-    pinned: bool
 
 
 class Segment:
@@ -111,7 +110,7 @@ class Segment:
     def labels(self) -> list[SlotLabel]:
         """All valid slots."""
         return [
-            SlotLabel(i, header[_ATTEMPT], header[_STEP], header[_ORDER], bool(header[_PINNED]))
+            SlotLabel(i, header[_ATTEMPT], header[_STEP], header[_ORDER])
             for i, header in enumerate(self._headers)
             if header[_STATE] == 1
         ]
@@ -141,10 +140,21 @@ class Segment:
     def data_bytes(self, slot: int) -> int:
         return self._headers[slot][_DATA]
 
+    def take_over(self, older: Segment) -> None:
+        """Copy all valid slots of `older`, which has as many slots and no more room in each."""
+        for label in sorted(older.labels(), key=lambda label: label.order):
+            slot, size = label.index, older.data_bytes(label.index)
+            self.data(slot)[:size] = older.data(slot)[:size]
+            self.complete(slot, label.attempt, label.step, older.meta(slot), size)
+
+    def close(self) -> None:
+        """Give the descriptor back; the mapping goes with the last view of it."""
+        os.close(self.fd)
+
 
 # words of the beat page; the first group is written by the agent, the second by the worker
 POISON, ORDER_SAVE, ORDER_STOP = 0, 1, 2
-BEAT_NS, RESUME_STEP, DIRTY, PHASE, STEPS_DONE, PARKED, STEP_US = 8, 9, 10, 11, 12, 13, 14
+BEAT_NS, RESUME_STEP, DIRTY, STEPS_DONE, PARKED = 8, 9, 10, 11, 12
 
 STOP_SAVE, STOP_NOW, STOP_PREEMPTED = 1, 2, 3
 

@@ -35,7 +35,8 @@ class Stager:
         self._heads: Segment | None = None
         self._buffers: Segment | None = None
         self._buffer_plan: CopyPlan | None = None
-        self._buffer_versions: int = -1
+        self._buffer_marks: list[tuple[int, int]] = []
+        self._whole: Segment | None = None
         self._arena: Segment | None = None
         self._plan: CopyPlan | None = None
         self._owners: tuple[list[str], dict[str, int]] = ([], {})
@@ -45,11 +46,13 @@ class Stager:
     def record(self, step: int, head: dict[str, Any]) -> None:
         """The JSON half of resume point `step`, and on rank 0 its buffers, unless the candidate is still right."""
         meta = slot_meta("[]", head, **self._labels(step), buffers=len(self._state.buffers()))
-        if self._heads is None or len(meta) > self._heads.meta_cap:
-            self._heads = self._new_segment("heads", RECORD_SLOTS, 2 * len(meta) + _SLACK, 0)
+        heads = self._heads
+        if heads is None or len(meta) > heads.meta_cap:
+            heads = _grown("heads", heads, 2 * len(meta) + _SLACK, 0)
         slot = step % RECORD_SLOTS
-        self._heads.begin(slot)
-        self._heads.complete(slot, self._context.attempt, step, meta, 0)
+        heads.begin(slot)
+        heads.complete(slot, self._context.attempt, step, meta, 0)
+        self._heads = self._announced("heads", heads, self._heads)
         self.record_buffers(step)
 
     def record_buffers(self, step: int) -> None:
@@ -59,26 +62,27 @@ class Stager:
         buffers = self._state.live_buffers()
         if not buffers:
             return
-        versions = sum(tensor._version for _, tensor in buffers)
-        segment = self._buffer_segment(buffers)
-        if versions == self._buffer_versions and segment.find(self._context.attempt, step) is not None:
+        marks = [(tensor.data_ptr(), tensor._version) for _, tensor in buffers]
+        known = self._buffers is not None and self._buffers.find(self._context.attempt, step) is not None
+        if known and marks == self._buffer_marks:
             return
+        # Every tensor, every step: no version betrays what batch norm's kernels and writes by `.data` do to one.
         plan = self._buffer_plan
-        if plan is None:
-            raise AssertionError("a buffer segment comes with its plan")
-        slot = step % RECORD_SLOTS
+        if plan is None or not plan.fits(buffers):
+            plan = self._buffer_plan = CopyPlan(buffers)
+        segment, slot = self._buffer_segment(plan), step % RECORD_SLOTS
         segment.begin(slot)
         plan.copy(segment, slot)
         meta = slot_meta(plan.table_json, {}, **self._labels(step))
         segment.complete(slot, self._context.attempt, step, meta, plan.data_bytes)
-        self._buffer_versions = versions
+        self._buffer_marks = marks
+        self._buffers = self._announced("buffers", segment, self._buffers)
 
-    def _buffer_segment(self, buffers: Named) -> Segment:
-        if self._buffers is None or self._buffer_plan is None or not self._buffer_plan.fits(buffers):
-            self._buffer_plan = CopyPlan(buffers)
-            meta_bytes = len(self._buffer_plan.table_json) + _SLACK
-            self._buffers = self._new_segment("buffers", RECORD_SLOTS, meta_bytes, self._buffer_plan.data_bytes)
-        return self._buffers
+    def _buffer_segment(self, plan: CopyPlan) -> Segment:
+        segment, meta_bytes = self._buffers, len(plan.table_json) + _SLACK
+        if segment is not None and meta_bytes <= segment.meta_cap and plan.data_bytes <= segment.data_cap:
+            return segment
+        return _grown("buffers", segment, meta_bytes, plan.data_bytes)
 
     # -- snapshots of this rank's share ---------------------------------------------------------------------------
 
@@ -106,6 +110,7 @@ class Stager:
         self._plan.copy(arena, slot)
         faults.at("copying" if pin else "snapshot", step)
         arena.complete(slot, self._context.attempt, step, meta, self._plan.data_bytes, pin)
+        self._arena = self._announced("arena", arena, self._arena)
         stall_s = time.perf_counter() - started
         return {"slot": slot, "bytes": self._plan.data_bytes, "stall_ms": round(stall_s * 1e3, 3)}
 
@@ -124,8 +129,7 @@ class Stager:
     def _arena_for(self, meta_bytes: int, data_bytes: int) -> Segment:
         arena = self._arena
         if arena is None or meta_bytes > arena.meta_cap or data_bytes > arena.data_cap:
-            arena = self._new_segment("arena", ARENA_SLOTS, 2 * meta_bytes + _SLACK, data_bytes)
-            self._arena = arena
+            return Segment.create("arena", ARENA_SLOTS, 2 * meta_bytes + _SLACK, data_bytes)
         return arena
 
     def _share(self) -> list[tuple[str, torch.Tensor]]:
@@ -144,17 +148,35 @@ class Stager:
 
     # -- whole copies ---------------------------------------------------------------------------------------------
 
-    def write_whole(self, step: int, head: dict[str, Any], with_buffers: bool) -> Segment:
-        """Everything this rank holds, in a fresh segment of one slot."""
-        tensors = [*self._state.replicated(), *self._state.per_rank()]
-        if with_buffers:
-            tensors += self._state.buffers()
-        plan = CopyPlan(tensors)
+    def write_salvage(self, step: int, head: dict[str, Any]) -> Segment:
+        """Everything this rank holds but buffers, in a fresh segment of one slot."""
+        plan = CopyPlan([*self._state.replicated(), *self._state.per_rank()])
         meta = slot_meta(plan.table_json, head, **self._labels(step), **self._trees())
-        segment = Segment.create("whole", 1, len(meta), plan.data_bytes)
+        segment = Segment.create("salvage", 1, len(meta), plan.data_bytes)
         plan.copy(segment, 0)
         segment.complete(0, self._context.attempt, step, meta, plan.data_bytes)
         return segment
+
+    def write_whole(self, step: int, head: dict[str, Any], last: bool) -> Segment | None:
+        """Everything this rank holds, pinned in the one slot for it; None while the saver still writes that out.
+        `last`: there will be no other time, so take more memory.
+        """
+        whole = self._whole
+        if whole is not None and whole.is_pinned(0) and not last:
+            return None
+        plan = CopyPlan([*self._state.replicated(), *self._state.per_rank(), *self._state.buffers()])
+        meta = slot_meta(plan.table_json, head, **self._labels(step), **self._trees())
+        if whole is not None and (
+            whole.is_pinned(0) or len(meta) > whole.meta_cap or plan.data_bytes > whole.data_cap
+        ):
+            whole.close()
+            whole = self._whole = None
+        if whole is None:
+            whole = self._whole = Segment.create("whole", 1, 2 * len(meta) + _SLACK, plan.data_bytes)
+        whole.begin(0)
+        plan.copy(whole, 0)
+        whole.complete(0, self._context.attempt, step, meta, plan.data_bytes, pin=True)
+        return whole
 
     def head_at(self, step: int) -> dict[str, Any] | None:
         """The head recorded for resume point `step`, if it is still there."""
@@ -175,7 +197,19 @@ class Stager:
             "local_world_size": context.local_world_size,
         }
 
-    def _new_segment(self, kind: str, slots: int, meta_bytes: int, data_bytes: int) -> Segment:
-        segment = Segment.create(kind, slots, meta_bytes, data_bytes)
-        self._context.tell({"op": "segment", "kind": kind}, (segment.fd,))
+    def _announced(self, kind: str, segment: Segment, known: Segment | None) -> Segment:
+        """Hand a new segment to the agent. Only a valid one: there it replaces the one that it grew out of."""
+        if segment is not known:
+            self._context.tell({"op": "segment", "kind": kind}, (segment.fd,))
+            segment.close()
         return segment
+
+
+def _grown(kind: str, older: Segment | None, meta_bytes: int, data_bytes: int) -> Segment:
+    """A segment of boundary records with room for so much, and with all that the older one holds."""
+    if older is None:
+        return Segment.create(kind, RECORD_SLOTS, meta_bytes, data_bytes)
+    room = (max(meta_bytes, older.meta_cap), max(data_bytes, older.data_cap))
+    segment = Segment.create(kind, RECORD_SLOTS, *room)
+    segment.take_over(older)
+    return segment

@@ -103,6 +103,8 @@ class Standing:
         self._stepped_told = True
         context.mark("first_step")
         context.tell({"op": "stepped", "step": self.step, "at": time.monotonic(), "phases": context.phases})
+        if self.source is not None:
+            self.source.forget()  # whatever it holds is tracked by now, see `_refuse_untracked`
 
     def _time_step(self, now: float) -> None:
         took = now - self._step_started

@@ -90,6 +90,14 @@ class TensorItem:
         self.name, self.at, self._value = name, at, value
         self._live = storable(value if isinstance(value, torch.Tensor) else _of_array(value, name), name)
 
+    @property
+    def holds_tensors(self) -> bool:
+        """Whether it takes a look at the content to notice a write: numpy counts none."""
+        return isinstance(self._value, np.ndarray)
+
+    def raw(self) -> list[Any]:
+        return [self._value]
+
     def tensors(self) -> Named:
         return [(self.at, self._live)]
 
@@ -205,10 +213,17 @@ class ObjectItem:
 
     def __init__(self, name: str, at: str, value: Any) -> None:
         self.name, self.at, self._value = name, at, value
+        self.holds_tensors = False
         self._flatten()  # refuse now what could not be saved later
 
     def _flatten(self) -> tuple[Any, dict[str, Any]]:
-        return flatten(self._value.state_dict(), self.at, tensor_kind, plain=plain_value)
+        tree, found = flatten(self._value.state_dict(), self.at, tensor_kind, plain=plain_value)
+        self.holds_tensors = bool(found)
+        return tree, found
+
+    def raw(self) -> list[Any]:
+        """The tensors and arrays of the state_dict as they are."""
+        return list(self._flatten()[1].values())
 
     def tensors(self) -> Named:
         return [(name, as_stored(value, name)) for name, value in self._flatten()[1].items()]

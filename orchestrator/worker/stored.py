@@ -26,3 +26,6 @@ class StoredSource:
 
     def fetch(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         return read_tensors(self._store, self._manifest, dict.fromkeys(names))
+
+    def forget(self) -> None:
+        """It holds no tensors."""

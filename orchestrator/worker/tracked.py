@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from orchestrator.worker.state import TrackedState
-from orchestrator.worker.state_items import Named, ObjectItem, Tree
+from orchestrator.worker.state_items import Named, ObjectItem, TensorItem, Tree
 from orchestrator.worker.state_optimizers import OptimizerItem
+from orchestrator.worker.watch import ContentWatch
 
 
 class RunState(TrackedState):
@@ -27,7 +28,8 @@ class RunState(TrackedState):
         self._layout: tuple[Any, ...] = ()
         self._generation = 0
         self._torch_optimizers: list[torch.optim.Optimizer] = []
-        self._held_objects: list[ObjectItem] = []
+        self._watches: list[ContentWatch] = []
+        self._pointers: list[int] = []
         self._buffer_list: Named = []
         self._buffer_slots: list[tuple[dict[str, Any], str, Any]] | None = None
         self._hyper: dict[str, tuple[list[Any], list[Tree]]] = {}
@@ -36,8 +38,9 @@ class RunState(TrackedState):
         super().add(named, per_rank)
         self._torch_optimizers = [o for o in self.optimizers.values() if isinstance(o, torch.optim.Optimizer)]
         self._buffer_slots = None
-        objects = [item for item in self._items.values() if isinstance(item, ObjectItem)]
-        self._held_objects = [item for item in objects if item.tensors()]
+        seen = {id(watch.item): watch for watch in self._watches}
+        items = [item for item in self._items.values() if isinstance(item, (ObjectItem, TensorItem))]
+        self._watches = [seen.get(id(item)) or ContentWatch(item) for item in items]
 
     @property
     def is_empty(self) -> bool:
@@ -84,10 +87,14 @@ class RunState(TrackedState):
                 self._generation += 1
                 self._versioned = fresh
             self._layout = layout
-        total = sum([tensor._version for tensor in self._versioned])
-        for item in self._held_objects:
-            total += sum([tensor._version for _, tensor in item.tensors()])
-        return total, self._generation
+        pointers = [tensor.data_ptr() for tensor in self._versioned]  # `p.data = …` keeps the version
+        changed = pointers != self._pointers
+        self._pointers = pointers
+        for watch in self._watches:
+            changed = (watch.item.holds_tensors and watch.changed()) or changed
+        if changed:
+            self._generation += 1
+        return sum([tensor._version for tensor in self._versioned]), self._generation
 
     def live_buffers(self) -> Named:
         """`buffers()`, asked at every boundary and forward pass: looked for anew only where one was replaced."""

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from orchestrator.errors import ConfigRefusedError, UsageError
 from orchestrator.worker import faults
+from orchestrator.worker.context import park
 from orchestrator.worker.loops import TrainingLoop
 from orchestrator.worker.standing import Standing
 
@@ -29,6 +31,8 @@ class Tracking(Standing):
             self._check_same_everywhere()
         if fresh:
             self.tracked.watch(self._before_step, self._after_step)
+            if self.context is not None:
+                register_optimizer_step_pre_hook(self._before_any_step)
         if not written:
             self.guard.rebase()
             if self.source is not None and self.guard.resume_step < 0 and not self._awaited():
@@ -112,7 +116,7 @@ class Tracking(Standing):
         """
         if self.source is None or self.step > self._first_step:
             return
-        lost = sorted(set(self.source.head.get("tracked", {})) - set(self.tracked.names))
+        lost = sorted(self._awaited())
         if lost:
             raise UsageError(
                 f"The checkpoint of step {self.step} holds {', '.join(lost)}, which the script does not track: later "
@@ -135,6 +139,12 @@ class Tracking(Standing):
         faults.at("pre_step", self.step, optimizer)
         self.guard.pre_step(optimizer)
         faults.at("mid_step", self.step, optimizer)
+
+    def _before_any_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """An optimizer that nobody tracks may hold parameters that are tracked, and a side thread may be copying."""
+        tracked = self.tracked.optimizers.values()
+        if self.context is not None and self.context.poisoned and all(optimizer is not one for one in tracked):
+            park()
 
     def _after_step(self, optimizer: Any) -> None:
         self.guard.post_step(optimizer)

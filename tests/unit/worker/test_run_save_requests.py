@@ -13,6 +13,20 @@ def requests(rank: int = 0, orders: int = 0) -> SaveRequests:
     return SaveRequests(Group(rank, rank, 1, 1, torch.device("cpu")), orders)
 
 
+def alone(saves: SaveRequests, together: bool = False, room: int = 9) -> list[str]:
+    """Names that are staged while the segment for them has room."""
+    staged: list[str] = []
+
+    def stage(name: str) -> bool:
+        if len(staged) < room:
+            staged.append(name)
+            return True
+        return False
+
+    saves.alone(together, stage)
+    return staged
+
+
 def round_of(own: dict[Wish, int] | None = None, **others: int) -> Agreed:
     """A round in which this rank posted `own` and the others, at most, `others`."""
     posted = tuple((own or {}).get(wish, 0) for wish in Wish)
@@ -68,17 +82,27 @@ def test_rank_0_saves_by_itself_what_the_script_asks_for() -> None:
     saves = requests()
     saves.call("best")
     saves.call("")
-    assert saves.alone(together=False) == ["best", ""]
-    assert saves.alone(together=False) == []
+    assert alone(saves) == ["best", ""]
+    assert alone(saves) == []
     saves.take(round_of({Wish.CALLS: 2}), fresh=False)
     assert not saves.due(together=False)
-    assert saves.alone(together=False) == []
+    assert alone(saves) == []
+
+
+def test_a_name_waits_while_the_save_before_it_is_being_written() -> None:
+    saves = requests()
+    saves.call("first")
+    saves.call("second")
+    assert alone(saves, room=1) == ["first"]
+    assert alone(saves, room=0) == []
+    assert alone(saves, room=1) == ["second"]
+    assert alone(saves) == []
 
 
 def test_where_ranks_hold_state_of_their_own_all_of_them_save_when_all_have_heard() -> None:
     saves = requests()
     saves.call("best")
-    assert saves.alone(together=True) == []
+    assert alone(saves, together=True) == []
     assert not saves.due(together=True)
     saves.take(round_of({Wish.CALLS: 1}), fresh=False)
     assert saves.due(together=True)
@@ -92,12 +116,12 @@ def test_a_named_order_of_the_driver_is_a_call_of_rank_0() -> None:
         saves.order_named("asked")
     assert main.wishes(0, False, False)[Wish.CALLS] == 1
     assert other.wishes(0, False, False)[Wish.CALLS] == 0
-    assert main.alone(together=False) == ["asked"]
+    assert alone(main) == ["asked"]
 
 
 def test_one_rank_agrees_with_itself_at_once() -> None:
     agreement = Agreement(None)
-    agreed = agreement.at_boundary({Wish.SAVE: 1, Wish.MOST_STEPS: 5, Wish.LEAST_STEPS: -5})
+    agreed = agreement.at_boundary(lambda: {Wish.SAVE: 1, Wish.MOST_STEPS: 5, Wish.LEAST_STEPS: -5})
     assert agreed is not None
     assert (agreed[Wish.SAVE], agreed[Wish.STAYING], agreed[Wish.LEAST_STEPS], agreed.own(Wish.SAVE)) == (1, 0, -5, 1)
     assert not agreement.pending
