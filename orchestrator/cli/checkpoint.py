@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from orchestrator import text
+from orchestrator.cli.later import later
 from orchestrator.cli.output import print_json
 from orchestrator.cli.rundir import local_path
 from orchestrator.errors import StorageError, SupersededError, UsageError
@@ -247,19 +248,6 @@ def _tell_pruned(report: PruneReport, dry_run: bool, as_json: bool) -> int:
     return 0
 
 
-def _later(name: str, instead: str) -> click.Command:
-    def refuse(**_: Any) -> int:
-        raise UsageError(f"`orchestrator checkpoint {name}` is not available yet; {instead}")
-
-    return click.Command(
-        name,
-        callback=refuse,
-        params=[click.Argument(["words"], nargs=-1, type=click.UNPROCESSED)],
-        context_settings={"ignore_unknown_options": True},
-        help=f"Not available yet; {instead}.",
-    )
-
-
 _RUN = click.Argument(["run"], metavar="RUN")
 _JSON = click.Option(["--json", "as_json"], is_flag=True, help="For machines.")
 _STEP = click.Option(["--step"], metavar="N|last|best|NAME", help="Which one; or write RUN@STEP.")
@@ -306,7 +294,7 @@ checkpoint_group = click.Group(
             ],
             "Remove what no rule keeps; named and final ones stay. Not while the run is live.",
         ),
-        _later("import", "load the file in the script and `run.track` what it held"),
-        _later("fork", "copy the run's directory under a new name while it is not live"),
+        later("checkpoint import", "load the file in the script and `run.track` what it held"),
+        later("checkpoint fork", "copy the run's directory under a new name while it is not live"),
     ],
 )

@@ -10,7 +10,7 @@ import click
 
 from orchestrator.cli.output import print_json
 from orchestrator.cli.probes import Finding, all_probes
-from orchestrator.cli.rundir import default_storage
+from orchestrator.storage.store import default_storage
 from orchestrator.text import human_count
 
 _MARKS = {"ok": "ok", "warning": "warn", "error": "FAIL"}

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import UsageError
-from orchestrator.storage import layout
+from orchestrator.storage import layout, store
 from orchestrator.text import did_you_mean
 
-DEFAULT_STORAGE = "./runs"
 _CHUNK_BYTES = 1 << 20
 _NAMES_SHOWN = 12
 
@@ -32,13 +31,9 @@ class RunDir:
         return self.path / layout.JOURNAL
 
 
-def default_storage() -> str:
-    return os.environ.get("ORCHESTRATOR_STORAGE") or DEFAULT_STORAGE
-
-
 def find_run(text: str) -> RunDir:
     """The run called RUN. Raises UsageError saying where it looked and which runs are there."""
-    address = layout.parse_address(text, default_storage())
+    address = layout.parse_address(text, store.default_storage())
     storage = local_path(address.storage)
     path = storage / address.name
     if not (path / layout.RUN_FILE).is_file() and not (path / layout.JOURNAL).is_file():
@@ -48,9 +43,7 @@ def find_run(text: str) -> RunDir:
 
 def local_path(storage: str) -> Path:
     """The directory of a storage URI. Raises UsageError for storage that is not local."""
-    if storage.startswith("s3:"):
-        raise UsageError(f"{storage}: storage on S3 is not available yet; give a path")
-    return Path(storage.removeprefix("file://"))
+    return Path(store.local_path(storage))
 
 
 def _what_is_there(storage: Path, path: Path) -> str:

@@ -18,7 +18,7 @@ from orchestrator.storage.local import TEMPORARY, explain, sync_directory
 from orchestrator.storage.manifest import CheckpointRecord, Manifest
 from orchestrator.storage.retention import best
 from orchestrator.storage.runs import RunIdentity, read_identity
-from orchestrator.storage.store import Store, local_path, open_store
+from orchestrator.storage.store import Store, default_storage, local_path, open_store
 from orchestrator.storage.trees import aliases, all_trees, plain_states
 from orchestrator.storage.verify import check_manifest, read_manifest, verify_files
 
@@ -33,11 +33,6 @@ class RunStore:
     store: Store
     log: CommitLog
     identity: RunIdentity
-
-
-def default_storage() -> str:
-    """Where a bare run name is looked for: ORCHESTRATOR_STORAGE, else ./runs."""
-    return os.environ.get("ORCHESTRATOR_STORAGE") or "./runs"
 
 
 def open_run(address: str | RunAddress, storage: str | None = None) -> RunStore:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -53,9 +54,14 @@ class Store(Protocol):
     def delete(self, paths: Iterable[str], sweep: bool = False) -> None:
         """Delete files; absent ones are fine, so it is safe to repeat.
 
-        `sweep`: directories left empty go too, with what crashes left half-written in them: nobody may be writing there.
+        `sweep`: directories left empty go too, with what crashes left half-written in them; nobody may write there now.
         """
         ...
+
+
+def default_storage() -> str:
+    """Where a bare run name is looked for: ORCHESTRATOR_STORAGE, else ./runs."""
+    return os.environ.get("ORCHESTRATOR_STORAGE") or "./runs"
 
 
 def open_store(uri: str) -> Store:

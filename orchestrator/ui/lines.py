@@ -42,15 +42,6 @@ class Line:
     level: str = "info"
 
 
-def batch_product(global_batch: int, world_size: int, accumulate: int = 1) -> str:
-    """The global batch as a product, such as "64 = 2 ranks x 32 samples"; uneven shares are named as they are."""
-    ranks, small = human_count(world_size, "rank"), global_batch // (world_size * accumulate)
-    micro = f" x {accumulate} microbatches" if accumulate > 1 else ""
-    if global_batch % (world_size * accumulate) == 0:
-        return f"{global_batch} = {ranks} x {human_count(small, 'sample')}{micro}"
-    return f"{global_batch} = {ranks} x {small} to {small + 1} samples{micro} (gradients weighted by each share)"
-
-
 def header(facts: Facts) -> list[Line]:
     """First contact. Known keys come first and in order; whatever else is handed over follows as it is.
 

@@ -47,12 +47,6 @@ def said(stream: io.StringIO) -> list[str]:
     return [line.removeprefix("orchestrator | ") for line in stream.getvalue().splitlines()]
 
 
-def test_the_global_batch_is_a_product() -> None:
-    assert lines.batch_product(64, 2) == "64 = 2 ranks x 32 samples"
-    assert lines.batch_product(64, 2, 4) == "64 = 2 ranks x 8 samples x 4 microbatches"
-    assert lines.batch_product(64, 3) == "64 = 3 ranks x 21 to 22 samples (gradients weighted by each share)"
-
-
 def test_first_contact_says_how_to_stop_and_continue() -> None:
     console, stream, _ = plain()
     console.header(
@@ -61,7 +55,7 @@ def test_first_contact_says_how_to_stop_and_continue() -> None:
             "path": "runs/train",
             "ranks": 2,
             "where": {"node-1": 2},
-            "batch": lines.batch_product(64, 2),
+            "batch": 64,
             "seed": 0,
             "resume": None,
             "command": ("orchestrator", "launch", "train.py", "a b"),
@@ -72,7 +66,7 @@ def test_first_contact_says_how_to_stop_and_continue() -> None:
         "path        runs/train",
         "ranks       2",
         "where       node-1: 2",
-        "batch       64 = 2 ranks x 32 samples",
+        "batch       64",
         "seed        0",
         "stop        Ctrl-C saves and exits 76; a second one stops at once",
         "continue    the same command again: orchestrator launch train.py 'a b'",
