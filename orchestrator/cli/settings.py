@@ -201,7 +201,7 @@ _SETTINGS = (
     Setting("keep-bytes", text.parse_size, None, "SIZE", "Keep the newest checkpoints up to this size in all."),
     Setting("no-exception-save", text.parse_flag, "false", "", "Do not save survivors' state at a failure.", flag=True),
     Setting("max-restarts", _at_least(0), "10", "N", "Failures without progress in between before giving up."),
-    Setting("hang-timeout", _hang_timeout, "auto", "auto|off", "When a silent rank counts as hung."),
+    Setting("hang-timeout", _hang_timeout, "auto", "auto|off", "When a silent rank counts as hung (does nothing yet)."),
     Setting("start-timeout", text.parse_duration, "600", "SECONDS", "Until every rank must have started."),
     Setting("drain-timeout", text.parse_duration, "10", "SECONDS", "For survivors to hand over their state."),
     Setting("grace", text.parse_duration, "25", "SECONDS", "For saving after a request to stop."),
