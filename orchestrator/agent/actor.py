@@ -8,6 +8,7 @@ from typing import Any
 import ray
 
 from orchestrator.agent.node import AgentSettings, NodeAgent
+from orchestrator.agent.token import Token
 from orchestrator.worker.shm import Segment
 
 
@@ -15,20 +16,25 @@ from orchestrator.worker.shm import Segment
 class AgentActor:
     """Commands run one after the other; `poll` waits in a thread of its own."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any], token: Token | None = None) -> None:
+        """`token`: what this node must see as the driver does, or no agent is built here and nothing is written."""
         _lower_oom_score()
-        gpu_ids = tuple(str(gpu) for gpu in ray.get_gpu_ids())
-        self._agent = NodeAgent(AgentSettings(**settings, gpu_ids=gpu_ids), _own_environment())
-        self._agent.start()
+        self._refusal = token.difference() if token is not None else ""
+        if not self._refusal:
+            gpu_ids = tuple(str(gpu) for gpu in ray.get_gpu_ids())
+            self._agent = NodeAgent(AgentSettings(**settings, gpu_ids=gpu_ids), _own_environment())
+            self._agent.start()
 
     def commands(self, commands: list[dict[str, Any]]) -> None:
         """Carry out commands in order; effects arrive as events."""
-        for command in commands:
+        for command in commands if not self._refusal else ():
             self._agent.command(command)
 
     @ray.method(concurrency_group="poll")
     def poll(self, after: int, timeout_s: float) -> tuple[int, list[dict[str, Any]]]:
-        """Events from number `after` on, waiting up to `timeout_s`."""
+        """Events from number `after` on, waiting up to `timeout_s`. Raises ValueError if this node was refused."""
+        if self._refusal:
+            raise ValueError(self._refusal)
         return self._agent.poll(after, timeout_s)
 
     @ray.method(concurrency_group="bulk")
@@ -63,10 +69,9 @@ class AgentActor:
             parts.append(Part(segment, 0, tuple(item["pieces"]), item["rank"]))
         self._agent.holdings.keep_fetched(holder, parts)
 
-    def check_token(self, path: str) -> str:
-        """Read what the driver wrote to storage: all nodes must reach the same place."""
-        with open(path, encoding="utf-8") as file:
-            return file.read()
+    def check_token(self) -> str:
+        """What this node sees otherwise than the driver does, as a sentence's end; empty if nothing."""
+        return self._refusal
 
 
 def _lower_oom_score() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ def worker_spec(
     """The specification message of one rank; its descriptors are the log, the beat page, then `segments`."""
     return {
         "op": "run",
-        "env": _environment(settings, base_env, start, local_rank, rank),
+        "env": _environment(settings, base_env, start, local_rank, rank, log_path),
         "cwd": settings.cwd,
         "script": settings.script,
         "args": list(settings.args),
@@ -61,7 +62,12 @@ def _resume(resume: dict[str, Any] | None, parts: list[Part], segments: list[int
 
 
 def _environment(
-    settings: AgentSettings, base_env: dict[str, str], start: dict[str, Any], local_rank: int, rank: int
+    settings: AgentSettings,
+    base_env: dict[str, str],
+    start: dict[str, Any],
+    local_rank: int,
+    rank: int,
+    log_path: str,
 ) -> dict[str, str]:
     """torchrun's variables over the agent's environment, cleaned of what Ray put there."""
     env = {
@@ -87,8 +93,7 @@ def _environment(
         "TORCHELASTIC_RESTART_COUNT": str(restarts),
         "TORCHELASTIC_MAX_RESTARTS": str(settings.options.get("max_restarts", 0)),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_ERROR_FILE": start["error_files"].format(rank=rank),
+        "TORCHELASTIC_ERROR_FILE": os.path.join(os.path.dirname(log_path), f"error-{rank}.json"),
+        "CUDA_VISIBLE_DEVICES": ",".join(settings.gpu_ids),  # none: the ranks were given no GPU and must take none
     }
-    if settings.gpu_ids:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(settings.gpu_ids)
     return env

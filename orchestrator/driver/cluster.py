@@ -6,10 +6,10 @@ import contextlib
 import functools
 import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,10 +20,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.agent.actor import AgentActor
 from orchestrator.agent.node import AgentSettings
+from orchestrator.agent.token import Token
 from orchestrator.driver.placing import NodeShare, ranks_that_fit
 from orchestrator.errors import OrchestratorError, UsageError
 
 POLL_S = 2.0
+SLICE_S = 1.0
 Post = Callable[[str, dict[str, Any]], None]
 
 
@@ -159,14 +161,24 @@ def _on_loopback() -> Iterator[None]:
 
 
 def start_agent(
-    settings: AgentSettings, node: NodeShare, cpus_per_worker: float, gpus_per_worker: float, timeout_s: float
+    settings: AgentSettings,
+    node: NodeShare,
+    cpus_per_worker: float,
+    gpus_per_worker: float,
+    timeout_s: float,
+    token: Token | None = None,
 ) -> AgentHandle:
     """Create placement group and actor on `node`. Raises OrchestratorError naming the node if they do not come."""
     bundle = {"CPU": settings.slots * cpus_per_worker}
     if gpus_per_worker:
         bundle["GPU"] = settings.slots * gpus_per_worker
     group = placement_group([bundle], strategy="STRICT_PACK", bundle_label_selector=[{"ray.io/node-id": node.node_id}])
-    if not group.wait(timeout_s):
+    try:
+        given = _wait(group, timeout_s)
+    except BaseException:  # a signal
+        remove_placement_group(group)
+        raise
+    if not given:
         remove_placement_group(group)
         raise OrchestratorError(
             f"Node {node.address} did not give {bundle} within {timeout_s:g} s: other jobs hold it. Wait for them, or "
@@ -179,11 +191,38 @@ def start_agent(
         num_gpus=bundle.get("GPU", 0),
         scheduling_strategy=PlacementGroupSchedulingStrategy(group),
         max_restarts=0,
-    ).remote(values)
+    ).remote(values, token)
     local = node.address in ("127.0.0.1", ray.util.get_node_ip_address())
     return AgentHandle(settings.name, node, settings.slots, actor, group, local)
 
 
-def host_name() -> str:
-    """This machine's name, for messages."""
-    return socket.gethostname()
+def check_agents(agents: list[AgentHandle], timeout_s: float) -> None:
+    """Every agent's node sees storage and script as this one does. Raises UsageError naming the nodes that do not.
+
+    An agent that cannot answer is left to its poll, which tells why. Raises OrchestratorError naming those that have
+    not answered within `timeout_s`.
+    """
+    asked = {agent.actor.check_token.remote().future(): agent.node.address for agent in agents}
+    done, missing = wait(asked, timeout_s)
+    refused = [
+        f"node {asked[answer]} {answer.result()}"
+        for answer in sorted(done, key=lambda answer: asked[answer])
+        if answer.exception() is None and answer.result()
+    ]
+    if refused:
+        raise UsageError("Nothing was started: " + "; ".join(refused) + ".")
+    if missing:
+        nodes = ", ".join(sorted(asked[answer] for answer in missing))
+        raise OrchestratorError(
+            f"The agents on {nodes} have not said within {timeout_s:g} s whether they reach the run's storage; look "
+            "whether its mount hangs there, and at `ray status`."
+        )
+
+
+def _wait(group: Any, timeout_s: float) -> bool:
+    """Ray's wait lets no signal through, so it comes in slices."""
+    deadline = time.monotonic() + timeout_s
+    while not group.wait(max(0.0, min(SLICE_S, deadline - time.monotonic()))):
+        if time.monotonic() >= deadline:
+            return False
+    return True

@@ -20,6 +20,8 @@ from orchestrator.storage.layout import manifest_path
 from orchestrator.storage.manifest import CheckpointRecord, Manifest
 from orchestrator.storage.prune import prune
 
+ANSWER_WITHIN_S = 60.0
+
 
 @dataclass(frozen=True)
 class CommitReport:
@@ -62,10 +64,17 @@ class Committer:
         self._jobs.put(None)
         self._thread.join(timeout_s)
 
-    def locked(self, use: Callable[[CommitLog], Any]) -> Any:
-        """Use the commit log from another thread."""
-        with self._lock:
+    def locked(self, use: Callable[[CommitLog], Any], timeout_s: float = ANSWER_WITHIN_S) -> Any:
+        """Use the commit log from another thread. Raises StorageError if a commit holds it longer than `timeout_s`."""
+        if not self._lock.acquire(timeout=timeout_s):
+            raise StorageError(
+                f"Storage has not answered for {timeout_s:g} s: run {self._run} is still busy with a commit. Look "
+                "whether its disk or mount hangs; the same command goes on from the last checkpoint that is there."
+            )
+        try:
             return use(self._log)
+        finally:
+            self._lock.release()
 
     def _serve(self) -> None:
         while True:
@@ -85,7 +94,7 @@ class Committer:
             report = self._commit(action)
         except SupersededError as error:
             return Committed(action.attempt, action.step, False, str(error), superseded=True, **labels), None
-        except (StorageError, OSError, ValueError, KeyError) as error:
+        except Exception as error:  # whatever it is, this thread must live on and the machine must hear of it
             return Committed(action.attempt, action.step, False, f"{type(error).__name__}: {error}", **labels), None
         return Committed(action.attempt, action.step, True, **labels), report
 
@@ -121,7 +130,7 @@ class Committer:
             prune(self._log, self._retention)
         except SupersededError:
             return  # the next commit says so, with what to do
-        except (StorageError, OSError) as error:
+        except Exception as error:  # as above: without this thread nothing is ever committed again
             self.notice(f"old checkpoints could not be removed: {error}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,18 @@ from orchestrator.storage.layout import JOURNAL
 
 # What a reader must find after a power cut; the rest is history that may lose its last lines.
 _DURABLE = frozenset({"run_started", "group_started", "checkpoint_committed", "run_finished", "worker_failed"})
+
+
+_ATTEMPT = re.compile(rb'"attempt": (\d+)')  # in a string's text the quotes would be escaped
+
+
+def attempts_in(directory: Path) -> set[int]:
+    """Numbers of all attempts that a run's journal tells of; none if there is no journal."""
+    try:
+        with (directory / JOURNAL).open("rb") as lines:
+            return {int(number) for line in lines for number in _ATTEMPT.findall(line)}
+    except OSError:
+        return set()
 
 
 class Journal:

@@ -25,6 +25,26 @@ def ranks_that_fit(cpus: float, gpus: float, cpus_per_worker: float, gpus_per_wo
     return min(fits, default=0)
 
 
+def settle_auto(auto: tuple[str, ...], workers: int, gpus_per_worker: float, gpus: int) -> tuple[int, float]:
+    """(workers, gpus_per_worker) on a cluster of `gpus` GPUs, where `auto` names which of the two were left open.
+
+    Raises UsageError if workers are to be counted by GPUs and there are none to count.
+    """
+    if "workers" in auto:
+        each = 1.0 if "gpus_per_worker" in auto else gpus_per_worker
+        count = int(gpus / each + 1e-9) if each > 0 else 0
+        if count == 0:
+            there = "has no GPU" if gpus == 0 else f"has {gpus} GPUs of which a worker takes {each:g}"
+            raise UsageError(
+                f"`--workers auto` means as many as there are GPUs for, and this cluster {there}; say how many workers "
+                "with `--workers N`."
+            )
+        return count, each
+    if "gpus_per_worker" in auto:
+        return workers, 1.0 if 0 < workers <= gpus else 0.0
+    return workers, gpus_per_worker
+
+
 def place(nodes: list[NodeShare], workers: int) -> list[tuple[NodeShare, int]]:
     """Nodes and their numbers of ranks: few nodes, the roomiest first, evenly filled. What is free now is preferred.
 

@@ -16,22 +16,24 @@ from typing import Any
 
 from orchestrator.agent.lease import machine_key
 from orchestrator.agent.node import AgentSettings
+from orchestrator.agent.token import Token
 from orchestrator.control.machine import Machine
 from orchestrator.control.state import MachineConfig
-from orchestrator.driver.cluster import AgentHandle, Cluster, connect, start_agent
+from orchestrator.driver.cluster import AgentHandle, Cluster, check_agents, connect, start_agent
 from orchestrator.driver.committer import Committer
 from orchestrator.driver.console import ConsolePort
-from orchestrator.driver.journal import Journal
-from orchestrator.driver.placing import NodeShare, place
+from orchestrator.driver.journal import Journal, attempts_in
+from orchestrator.driver.placing import NodeShare, place, settle_auto
 from orchestrator.driver.preload import libraries_of
 from orchestrator.driver.shell import Shell
 from orchestrator.driver.signals import Interrupted, Signals
-from orchestrator.errors import OrchestratorError, UsageError
+from orchestrator.errors import ConfigRefusedError, OrchestratorError, StorageError, UsageError
 from orchestrator.spec import RunSpec
 from orchestrator.storage import layout
-from orchestrator.storage.commitlog import CommitLog
+from orchestrator.storage.commitlog import CommitLog, LogEntry
 from orchestrator.storage.local import LocalStore
-from orchestrator.storage.lock import RunLock, live_driver
+from orchestrator.storage.lock import RunLock
+from orchestrator.storage.manifest import CheckpointRecord
 from orchestrator.storage.prune import sweep
 from orchestrator.storage.runs import NameChoice, RunIdentity, choose_name, open_or_create, script_identity
 from orchestrator.storage.store import local_path
@@ -58,7 +60,7 @@ def run_to_result(spec: RunSpec, console: ConsolePort, cluster: Cluster | None =
     signals.install()
     try:
         with _opened(spec, console) as place_:
-            launch = _Launch(spec, console, place_, signals)
+            launch = _Launch(replace(spec, seed=place_.seed), console, place_, signals)
             try:
                 return launch.run(cluster)
             except Interrupted as interrupted:
@@ -88,42 +90,47 @@ class Place:
     log: CommitLog
     journal: Journal
     first_attempt: int
-
-
-def _refuse_live(directory: Path) -> None:
-    """A second launch of a live run is refused before anything is started."""
-    if directory.is_dir() and live_driver(directory) is not None:
-        with RunLock(directory):
-            pass
+    seed: int | None
+    takeover: LogEntry
 
 
 @contextlib.contextmanager
 def _opened(spec: RunSpec, console: ConsolePort) -> Iterator[Place]:
     choice = choose_name(spec.storage, spec.script, spec.args, module=spec.module, run_name=spec.run_name)
     directory = Path(local_path(spec.storage)).resolve() / choice.name
-    _refuse_live(directory)
     store = LocalStore(directory)
     identity = RunIdentity(choice.name, script_identity(spec.script, spec.module), spec.args, spec.seed, time.time())
-    _, created = open_or_create(store, identity)
+    stored, created = open_or_create(store, identity)
+    seed = _seed(spec, stored)
     with RunLock(directory) as lock:
         log = CommitLog(store)
-        log.take_over(secrets.token_hex(16))
+        takeover = log.take_over(secrets.token_hex(16))
         journal = Journal(directory)
-        first = _first_attempt(directory, log)
+        first = _first_attempt(directory, spec.log_dir)
         try:
-            yield Place(choice.name, directory, choice, created, lock, store, log, journal, first)
+            yield Place(choice.name, directory, choice, created, lock, store, log, journal, first, seed, takeover)
         finally:
             journal.close()
 
 
-def _first_attempt(directory: Path, log: CommitLog) -> int:
+def _seed(spec: RunSpec, stored: RunIdentity) -> int | None:
+    """The run keeps the seed that it was begun with. Raises ConfigRefusedError if this launch names another."""
+    if spec.seed is not None and stored.seed is not None and spec.seed != stored.seed:
+        raise ConfigRefusedError(
+            f"Run {stored.name} was begun with `--seed {stored.seed}`, and this launch says `--seed {spec.seed}`: what "
+            "it trained so far does not go with that. Leave `--seed` out to go on, or start anew with `--run-name`."
+        )
+    return spec.seed if spec.seed is not None else stored.seed
+
+
+def _first_attempt(directory: Path, log_dir: str | None) -> int:
     """Above every attempt that earlier drivers used: paths are unique per attempt."""
-    used = [0]
-    used += [int(path.name[1:]) for path in (directory / layout.LOGS).glob("a[0-9]*") if path.name[1:].isdigit()]
+    used = [0, *attempts_in(directory)]
+    for logs in (directory / layout.LOGS, *([Path(log_dir)] if log_dir else [])):
+        used += [int(path.name[1:]) for path in logs.glob("a[0-9]*") if path.name[1:].isdigit()]
     for path in (directory / layout.CHECKPOINTS).glob("step-*"):
         parsed = layout.parse_checkpoint_dir(f"{layout.CHECKPOINTS}/{path.name}")
         used += [parsed[1]] if parsed else []
-    used += [record.attempt for record in log.checkpoints() if hasattr(record, "attempt")]
     return max(used) + 1
 
 
@@ -138,18 +145,26 @@ class _Launch:
 
     def run(self, shared: Cluster | None) -> Result:
         self._say_hello()
-        cluster = shared if shared is not None else open_cluster(self.spec)
-        self.signals.install()
         try:
-            self._settle_auto(cluster)
-            shares = place(self._nodes(cluster), self.spec.workers)
-            return self._with_agents(cluster, shares)
+            with contextlib.ExitStack() as stack:
+                cluster = shared if shared is not None else open_cluster(self.spec)
+                if shared is None:
+                    stack.callback(cluster.close)
+                self.signals.install()
+                self._settle_auto(cluster)
+                shares = place(self._nodes(cluster), self.spec.workers)
+                return self._with_agents(cluster, shares)
         except UsageError:
             self._leave_nothing()
             raise
-        finally:
-            if shared is None:
-                cluster.close()
+        except OrchestratorError as error:
+            self._record_failure(error)
+            raise
+
+    def _record_failure(self, error: OrchestratorError) -> None:
+        """It ended before there was a loop: whoever follows the journal hears of it."""
+        fields = {"outcome": "failed", "exit_code": error.exit_code, "step": 0, "why": str(error)}
+        self.place.journal.record("run_finished", fields)
 
     def interrupted(self, exit_code: int) -> Result:
         """A signal ended the launch where it stood: nothing was trained yet, or a second Ctrl-C would not wait."""
@@ -168,8 +183,6 @@ class _Launch:
     def _say_hello(self) -> None:
         spec = self.spec
         ranks = "as many as the cluster has GPUs" if spec.workers == 0 else str(spec.workers)
-        if spec.address == "local" and spec.workers * spec.cpus_per_worker > (os.cpu_count() or 1):
-            self.console.notice(f"{spec.workers} workers share {os.cpu_count()} cores; steps will be slow", "warning")
         local = spec.address == "local"
         where = "a Ray cluster started for this run" if local else f"the Ray cluster at {spec.address}"
         facts = {
@@ -183,16 +196,13 @@ class _Launch:
         self.console.header({key: value for key, value in facts.items() if value is not None})
 
     def _settle_auto(self, cluster: Cluster) -> None:
-        if "workers" not in self.spec.auto:
+        spec = self.spec
+        if not spec.auto:
             return
-        gpus = cluster.gpus()
-        if gpus == 0:
-            raise UsageError(
-                "`--workers auto` means one per GPU, and this cluster has no GPU; say how many workers with "
-                "`--workers N`."
-            )
-        self.spec = replace(self.spec, workers=gpus, gpus_per_worker=self.spec.gpus_per_worker or 1.0)
-        self.console.notice(f"{gpus} workers, one per GPU of the cluster")
+        workers, each = settle_auto(spec.auto, spec.workers, spec.gpus_per_worker, cluster.gpus())
+        self.spec = replace(spec, workers=workers, gpus_per_worker=each)
+        if "workers" in spec.auto:
+            self.console.notice(f"{workers} workers with {each:g} GPU each, by the GPUs of the cluster")
 
     def _nodes(self, cluster: Cluster) -> list[NodeShare]:
         return cluster.nodes(self.spec.cpus_per_worker, self.spec.gpus_per_worker)
@@ -208,11 +218,14 @@ class _Launch:
         agents: list[AgentHandle] = []
         numbers = itertools.count()
         try:
+            token = None if cluster.embedded else self._token()
             for node, slots in shares:
-                agents.append(self._agent(next(numbers), node, slots))
+                agents.append(self._agent(next(numbers), node, slots, token))
+            if token is not None:
+                check_agents(agents, self.spec.start_timeout_s)
 
             def replace_agent(lost: AgentHandle) -> AgentHandle:
-                agents.append(self._replacement(cluster, lost, next(numbers)))
+                agents.append(self._replacement(cluster, lost, next(numbers), token))
                 return agents[-1]
 
             return self._serve(agents, replace_agent)
@@ -220,16 +233,21 @@ class _Launch:
             for agent in agents:
                 agent.close()
 
-    def _replacement(self, cluster: Cluster, lost: AgentHandle, number: int) -> AgentHandle:
+    def _token(self) -> Token:
+        entry = self.place.directory / layout.commit_path(self.place.takeover.sequence)
+        script = "" if self.spec.module else os.path.abspath(self.spec.script)
+        return Token.of(str(entry), self.place.takeover.nonce, script)
+
+    def _replacement(self, cluster: Cluster, lost: AgentHandle, number: int, token: Token | None) -> AgentHandle:
         """An agent for as many ranks as the lost one had: on its node if that is alive, else where there is room."""
         nodes = self._nodes(cluster)
         able = [node for node in nodes if node.node_id == lost.node.node_id]
         able += sorted((node for node in nodes if node.capacity >= lost.slots), key=lambda node: -node.capacity)
         if not able:
             raise OrchestratorError(f"no node has room for the {lost.slots} ranks of {lost.name}")
-        return self._agent(number, able[0], lost.slots)
+        return self._agent(number, able[0], lost.slots, token)
 
-    def _agent(self, number: int, node: NodeShare, slots: int) -> AgentHandle:
+    def _agent(self, number: int, node: NodeShare, slots: int, token: Token | None) -> AgentHandle:
         spec = self.spec
         local = spec.address == "local"
         script = spec.script if spec.module else os.path.abspath(spec.script)
@@ -252,7 +270,7 @@ class _Launch:
             driver_machine=machine_key(),
             drain_timeout_s=max(0.5, spec.drain_timeout_s - 0.5),
         )
-        return start_agent(settings, node, spec.cpus_per_worker, spec.gpus_per_worker, spec.start_timeout_s)
+        return start_agent(settings, node, spec.cpus_per_worker, spec.gpus_per_worker, spec.start_timeout_s, token)
 
     def _worker_options(self) -> dict[str, Any]:
         spec = self.spec
@@ -321,7 +339,9 @@ class _Launch:
         finish, view = shell.finish, shell.view()
         if finish is None:
             return
-        last = self.place.log.checkpoints()
+        last: list[CheckpointRecord] = []
+        with contextlib.suppress(StorageError):  # told with the outcome
+            last = shell.locked(CommitLog.checkpoints)
         facts = {
             "outcome": finish.outcome,
             "exit_code": finish.exit_code,

@@ -36,10 +36,12 @@ from orchestrator.driver.journal import Journal
 from orchestrator.driver.progress import ProgressBoard
 from orchestrator.driver.translate import to_event
 from orchestrator.errors import EXIT_FAILED, OrchestratorError, StorageError
+from orchestrator.storage.commitlog import CommitLog, outcome_entry
 
 REQUESTS_EVERY_S = 0.2
 TRANSFER_TIMEOUT_S = 120.0
 REPLACE_EVERY_S = 1.0
+OUTCOME_WITHIN_S = 5.0  # the committer was given its time before
 
 
 class Shell:
@@ -62,9 +64,11 @@ class Shell:
         self._replace_agent = replace_agent
         self._directory, self._token = directory, token
         self._faults = [json.loads(fault) for fault in faults]
+        self._problem_told = False
         self._queue: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._stores: dict[str, list[tuple[str, int]]] = {name: [] for name in self._agents}
         self._waiting_start: actions.StartGroup | None = None
+        self._placement: tuple[tuple[int, str], ...] = ()
         self._resume_step: int | None = None
         self._first_attempt = machine.config.first_attempt
         self._reports: dict[tuple[int, int, str, str], CommitReport] = {}
@@ -106,15 +110,32 @@ class Shell:
         for agent in self._agents.values():
             agent.follow(self.post)
         next_look = 0.0
-        while self.finish is None:
-            now = time.monotonic()
-            if now >= next_look:
-                next_look = now + REQUESTS_EVERY_S
-                for request in requests.take(self._directory):
-                    self._step(request)
-                self.board.show(self._machine.view())
-            self._wait(next_look)
+        try:
+            while self.finish is None:
+                now = time.monotonic()
+                if now >= next_look:
+                    next_look = now + REQUESTS_EVERY_S
+                    self._look()
+                self._wait(next_look)
+        except (OrchestratorError, RayError, OSError) as error:
+            self._give_up(error)
+        assert self.finish is not None
         return self.finish
+
+    def _look(self) -> None:
+        for request in requests.take(self._directory):
+            self._step(request)
+        self.board.show(self._machine.view())
+        if self._journal.problem and not self._problem_told:
+            self._problem_told = True
+            self._console.notice(f"{self._journal.problem}; the run goes on without it", "warning")
+
+    def _give_up(self, error: Exception) -> None:
+        """What the loop cannot go on after is an end like any other, told once and written down."""
+        text = str(error) if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {error}"
+        self._console.failure(text)
+        why = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+        self._finish(actions.Finish("failed", EXIT_FAILED, self._machine.view().step, why))
 
     def _wait(self, next_look: float) -> None:
         deadline = self._machine.next_deadline()
@@ -238,7 +259,9 @@ class Shell:
 
     def _on_StartFailed(self, agent: str, message: dict[str, Any]) -> None:
         error = ErrorInfo("StartFailed", message["why"])
-        self._step(WorkerFailed(message["attempt"], 0, "exit:70", 0, time.monotonic(), error))
+        first = next((rank for rank, home in self._placement if home == agent), 0)
+        rank = message.get("rank", first)
+        self._step(WorkerFailed(message["attempt"], rank, "exit:70", 0, time.monotonic(), error))
 
     def _on_Output(self, agent: str, message: dict[str, Any]) -> None:
         for line in message["lines"]:
@@ -268,6 +291,7 @@ class Shell:
     # -- actions out --------------------------------------------------------------------------------------------------
 
     def _start_group(self, action: actions.StartGroup) -> None:
+        self._placement = action.placement
         main = action.placement[0][1]
         if not self._stores[main]:
             self._waiting_start = action
@@ -291,7 +315,6 @@ class Shell:
                 "faults": self._faults,
                 "token": self._token,
                 "restarts": action.attempt - self._first_attempt,
-                "error_files": str(self._directory / "logs" / f"a{action.attempt:04d}" / "error-{rank}.json"),
             }
             self._send(agent, command)
 
@@ -305,7 +328,7 @@ class Shell:
             return {"kind": "segments", "step": action.resume.step, "picks": picks}
         if not action.from_storage:
             return None
-        found = self._committer.locked(lambda log: log.latest_sound("full", self._rejected))
+        found = self._committer.locked(lambda log: log.to_continue(self._rejected))
         if found is None:
             return None
         record, manifest = found
@@ -406,11 +429,15 @@ class Shell:
             return
         outcome = asdict(self.finish)
         try:
-            self._committer.locked(lambda log: _append_outcome(log, outcome))
+            self.locked(lambda log: _append_outcome(log, outcome))
         except StorageError as error:
             self._console.notice(f"the run's outcome could not be written: {error}", "warning")
         attempt = self._machine.view().attempt
         self._journal.record("run_finished", {"attempt": attempt, **outcome})
+
+    def locked(self, use: Callable[[CommitLog], Any]) -> Any:
+        """Use the commit log when the run has ended. Raises StorageError if storage hangs."""
+        return self._committer.locked(use, OUTCOME_WITHIN_S)
 
     def view(self) -> MachineView:
         """What the machine shows of itself."""
@@ -421,7 +448,5 @@ class Shell:
         self.post_event(StopRequested("platform" if kind == "platform" else "person"))
 
 
-def _append_outcome(log: Any, outcome: dict[str, Any]) -> None:
-    from orchestrator.storage.commitlog import outcome_entry
-
+def _append_outcome(log: CommitLog, outcome: dict[str, Any]) -> None:
     log.append(outcome_entry(outcome["outcome"], outcome["exit_code"], outcome["step"], outcome["why"]))

@@ -136,7 +136,11 @@ def _take(settings: dict[str, Any]) -> tuple[dict[str, Any], RunLock, CommitLog]
     log.take_over()
     with contextlib.suppress(SupersededError):
         sweep(log)
-    found = log.latest_sound("full", _rejected)
+    try:
+        found = log.to_continue(_rejected)
+    except BaseException:
+        lock.release()
+        raise
     print(f"orchestrator: run {directory} ({choice.why})", file=sys.stderr, flush=True)
     if found is not None:
         print(f"orchestrator: continues from the checkpoint of step {found[0].step}", file=sys.stderr, flush=True)
