@@ -166,9 +166,7 @@ class Stager:
             return None
         plan = CopyPlan([*self._state.replicated(), *self._state.per_rank(), *self._state.buffers()])
         meta = slot_meta(plan.table_json, head, **self._labels(step), **self._trees())
-        if whole is not None and (
-            whole.is_pinned(0) or len(meta) > whole.meta_cap or plan.data_bytes > whole.data_cap
-        ):
+        if whole is not None and (whole.is_pinned(0) or len(meta) > whole.meta_cap or plan.data_bytes > whole.data_cap):
             whole.close()
             whole = self._whole = None
         if whole is None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from orchestrator.worker import guard as guard_module
+from orchestrator.worker import tracking
 from orchestrator.worker.guard import Guard
 from orchestrator.worker.shm import DIRTY, RESUME_STEP
 
@@ -76,3 +77,17 @@ def test_a_write_that_no_hook_announced_makes_a_rank_dirty(rank: Any) -> None:
     guard.resume_point(7)
     versions[0] = 4
     assert not guard.is_clean()
+
+
+def test_a_poisoned_rank_parks_before_an_optimizer_that_nobody_tracks_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def park() -> None:
+        raise _Parked
+
+    monkeypatch.setattr(tracking, "park", park)
+    known, other = object(), object()
+    run = SimpleNamespace(context=SimpleNamespace(poisoned=False), tracked=SimpleNamespace(optimizers={"known": known}))
+    tracking.Tracking._before_any_step(run, other, (), {})  # type: ignore[arg-type]
+    run.context.poisoned = True
+    tracking.Tracking._before_any_step(run, known, (), {})  # type: ignore[arg-type]  # the guard's own hook parks it
+    with pytest.raises(_Parked):
+        tracking.Tracking._before_any_step(run, other, (), {})  # type: ignore[arg-type]
