@@ -14,7 +14,7 @@ from orchestrator.worker.shm import Segment, SlotLabel
 
 @dataclass
 class Held:
-    """One segment of one rank of one attempt. `kind`: heads, buffers, arena, salvage, whole.
+    """One segment of one rank of one attempt. `kind`: heads, buffers, arena, salvage.
 
     `share`: (number, count) of the rank among those of its node, by which snapshots are dealt out.
     """
