@@ -133,8 +133,9 @@ class Shell:
     def _give_up(self, error: Exception) -> None:
         """What the loop cannot go on after is an end like any other, told once and written down."""
         text = str(error) if isinstance(error, OrchestratorError) else f"{type(error).__name__}: {error}"
-        self._console.failure(text)
         why = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+        if why != text:  # else the summary says it all
+            self._console.failure(text)
         self._finish(actions.Finish("failed", EXIT_FAILED, self._machine.view().step, why))
 
     def _wait(self, next_look: float) -> None:

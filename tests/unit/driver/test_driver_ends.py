@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -11,12 +12,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayError
 
+from orchestrator.agent.launching import worker_spec
+from orchestrator.agent.node import AgentSettings
 from orchestrator.agent.token import Token
 from orchestrator.control import actions
 from orchestrator.control.machine import Machine
 from orchestrator.control.state import MachineConfig
-from orchestrator.driver.cluster import check_agents
+from orchestrator.driver.cluster import _wait, check_agents
 from orchestrator.driver.committer import Committer
 from orchestrator.driver.journal import Journal, attempts_in
 from orchestrator.driver.placing import settle_auto
@@ -86,7 +90,8 @@ def test_no_readable_checkpoint_ends_the_run_instead_of_beginning_anew(
     finish = served.run()
     served.record_outcome()
     assert (finish.outcome, finish.exit_code) == ("failed", 1)
-    assert console.failures == [finish.why] and "No committed checkpoint of this run can be read" in finish.why
+    assert "No committed checkpoint of this run can be read" in finish.why
+    assert console.failures == []  # the summary tells why, once
     outcome = CommitLog(log.store).outcome()
     assert outcome is not None and outcome.body["outcome"] == "failed"
     lines = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
@@ -219,3 +224,45 @@ def test_all_agents_are_asked_and_the_odd_node_is_named() -> None:
         check_agents([agent("one", ""), agent("two", "cannot read x"), agent("three", None)], 0.01)
     with pytest.raises(OrchestratorError, match="agents on three have not said"):
         check_agents([agent("one", ""), agent("three", None)], 0.01)
+
+
+def test_what_ray_says_at_length_is_told_whole(tmp_path: Path, committer: Committer) -> None:
+    console = Console()
+    served = shell(tmp_path, committer, console)
+
+    def fail() -> None:
+        raise RayError("the head is gone\nand this is how")
+
+    served._look = fail  # type: ignore[method-assign]
+    assert served.run().why == "RayError: the head is gone"
+    assert console.failures == ["RayError: the head is gone\nand this is how"]
+
+
+def test_waiting_for_a_node_lets_signals_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def wait(seconds: float) -> bool:
+        waits.append(seconds)
+        now[0] += seconds
+        return False
+
+    assert _wait(SimpleNamespace(wait=wait), 2.5) is False
+    assert waits == [1.0, 1.0, 0.5]
+    assert _wait(SimpleNamespace(wait=lambda seconds: True), 2.5) is True
+
+
+@pytest.mark.parametrize(("gpu_ids", "visible"), [((), ""), (("2", "3"), "2,3")])
+def test_workers_see_the_gpus_that_their_agent_was_given(gpu_ids: tuple[str, ...], visible: str) -> None:
+    settings = AgentSettings(
+        name="agent-0", host="127.0.0.1", slots=1, run_name="train", run_uri="/r", log_dir="/logs", script="train.py",
+        args=(), module=False, cwd="/", options={}, gpu_ids=gpu_ids,
+    )  # fmt: skip
+    start = {
+        "attempt": 3, "ranks": [0], "world_size": 1, "node_rank": 0, "nodes": 1, "restarts": 0, "resume": None,
+        "store": {"host": "127.0.0.1", "port": 1}, "faults": [],
+    }  # fmt: skip
+    env = worker_spec(settings, {"CUDA_VISIBLE_DEVICES": "7"}, start, 0, 0, "/logs/a0003/rank-00000.log", [], [])["env"]
+    assert env["CUDA_VISIBLE_DEVICES"] == visible
+    assert env["TORCHELASTIC_ERROR_FILE"] == "/logs/a0003/error-0.json"
