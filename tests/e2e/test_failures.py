@@ -106,7 +106,8 @@ def test_one_rank_alone_goes_on_from_its_snapshot(launcher: Launcher) -> None:
     fired(launch, faults)
     assert [cause for _, cause in roots(launch)] == ["signal:9", "exception", "signal:9", "exception"]
     sources = [group["resume_sources"] for group in launch.events("group_started")]
-    assert sources == [[], ["memory"], ["live"], ["memory"], ["memory"]]
+    assert sources[:4] == [[], ["memory"], ["live"], ["memory"]]
+    assert sources[4] in (["memory"], ["live"]), "live if the healthy loader process delivered a batch first"
     assert_equal_states(state(reference.directory), state(launch.directory))
 
 
