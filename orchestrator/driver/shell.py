@@ -35,8 +35,9 @@ from orchestrator.driver.console import ConsolePort
 from orchestrator.driver.journal import Journal
 from orchestrator.driver.progress import ProgressBoard
 from orchestrator.driver.translate import to_event
-from orchestrator.errors import EXIT_FAILED, OrchestratorError, StorageError
-from orchestrator.storage.commitlog import CommitLog, outcome_entry
+from orchestrator.errors import EXIT_FAILED, CheckpointDamagedError, OrchestratorError, StorageError
+from orchestrator.storage.commitlog import CommitLog, OnReject, outcome_entry
+from orchestrator.storage.manifest import CheckpointRecord, Manifest
 
 REQUESTS_EVERY_S = 0.2
 TRANSFER_TIMEOUT_S = 120.0
@@ -329,7 +330,7 @@ class Shell:
             return {"kind": "segments", "step": action.resume.step, "picks": picks}
         if not action.from_storage:
             return None
-        found = self._committer.locked(lambda log: log.to_continue(self._rejected))
+        found = self._committer.locked(lambda log: _to_continue(log, self._rejected))
         if found is None:
             return None
         record, manifest = found
@@ -447,6 +448,20 @@ class Shell:
     def interrupt(self, kind: str) -> None:
         """A signal asks to stop."""
         self.post_event(StopRequested("platform" if kind == "platform" else "person"))
+
+
+def _to_continue(log: CommitLog, on_reject: OnReject) -> tuple[CheckpointRecord, Manifest] | None:
+    """The newest sound checkpoint, None if nothing was committed yet. Raises CheckpointDamagedError if none is sound:
+
+    beginning anew would let retention delete what may still be mended.
+    """
+    found = log.latest_sound("full", on_reject)
+    if found is None and log.checkpoints():
+        raise CheckpointDamagedError(
+            "No committed checkpoint of this run can be read, so it cannot go on; nothing was deleted. See "
+            "`orchestrator checkpoint verify RUN`, or start anew with --run-name."
+        )
+    return found
 
 
 def _append_outcome(log: CommitLog, outcome: dict[str, Any]) -> None:

@@ -180,20 +180,6 @@ class CommitLog:
                     on_reject(record.directory, str(error), record.step)
         return None
 
-    def to_continue(self, on_reject: OnReject | None = None) -> tuple[CheckpointRecord, Manifest] | None:
-        """What a start goes on from: the last checkpoint whose every byte is right; None if nothing was committed yet.
-
-        Raises CheckpointDamagedError if there are checkpoints and none is sound: beginning anew would let retention
-        delete what may still be mended.
-        """
-        found = self.latest_sound("full", on_reject)
-        if found is None and self.checkpoints():
-            raise CheckpointDamagedError(
-                "No committed checkpoint of this run can be read, so it cannot go on; nothing was deleted. See "
-                "`orchestrator checkpoint verify RUN`, or start anew with --run-name."
-            )
-        return found
-
 
 def _parse(data: bytes, sequence: int) -> LogEntry:
     path = commit_path(sequence)

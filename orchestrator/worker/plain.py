@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from orchestrator.errors import OrchestratorError, SupersededError, UsageError
+from orchestrator.errors import CheckpointDamagedError, OrchestratorError, SupersededError, UsageError
 from orchestrator.spec import Retention
 from orchestrator.worker.group import Group
 from orchestrator.worker.restore import Source
@@ -136,11 +136,13 @@ def _take(settings: dict[str, Any]) -> tuple[dict[str, Any], RunLock, CommitLog]
     log.take_over()
     with contextlib.suppress(SupersededError):
         sweep(log)
-    try:
-        found = log.to_continue(_rejected)
-    except BaseException:
+    found = log.latest_sound("full", _rejected)
+    if found is None and log.checkpoints():
         lock.release()
-        raise
+        raise CheckpointDamagedError(
+            "No committed checkpoint of this run can be read, so it cannot go on; nothing was deleted. See "
+            "`orchestrator checkpoint verify RUN`, or start anew with --run-name."
+        )
     print(f"orchestrator: run {directory} ({choice.why})", file=sys.stderr, flush=True)
     if found is not None:
         print(f"orchestrator: continues from the checkpoint of step {found[0].step}", file=sys.stderr, flush=True)

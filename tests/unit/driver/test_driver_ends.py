@@ -25,7 +25,7 @@ from orchestrator.driver.committer import Committer
 from orchestrator.driver.journal import Journal, attempts_in
 from orchestrator.driver.placing import settle_auto
 from orchestrator.driver.session import _first_attempt, _seed
-from orchestrator.driver.shell import Shell
+from orchestrator.driver.shell import Shell, _to_continue
 from orchestrator.errors import ConfigRefusedError, OrchestratorError, StorageError, UsageError
 from orchestrator.spec import Retention, RunSpec
 from orchestrator.storage.commitlog import CommitLog, checkpoint_entry
@@ -100,7 +100,7 @@ def test_no_readable_checkpoint_ends_the_run_instead_of_beginning_anew(
 
 
 def test_nothing_committed_yet_is_a_beginning(log: CommitLog) -> None:
-    assert log.to_continue() is None
+    assert _to_continue(log, lambda path, why, step: None) is None
 
 
 def test_a_start_that_fails_is_the_agents_own_ranks(tmp_path: Path, committer: Committer) -> None:
