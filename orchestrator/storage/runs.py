@@ -97,7 +97,7 @@ def open_or_create(store: LocalStore, identity: RunIdentity) -> tuple[RunIdentit
 
     Raises UsageError if the directory belongs to something else or cannot be written; nothing is left behind then.
     """
-    probe_writable(store.root.parent, remove=True)
+    probe_writable(store.root.parent)
     found = read_identity(store)
     if found is None:
         _refuse_foreign(store)

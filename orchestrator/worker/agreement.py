@@ -69,6 +69,10 @@ class Agreement:
         """Whether a round was posted that is still to be read."""
         return self._pending is not None
 
+    def close(self) -> None:
+        """No more rounds."""
+        self._control, self._pending = None, None
+
     def at_boundary(self, wishes: Callable[[], dict[Wish, int]]) -> Agreed | None:
         """Post and read as due; what was agreed on, at the boundaries where a round ends. Raises PeerLostError."""
         if self._control is None:

@@ -96,7 +96,7 @@ class Leaving(Rounds):
         """The group agreed to stop here; what had to be saved is staged."""
         if self.context is not None:
             if self._stop_agreed != STOP_NOW:
-                self._save_alone(last=True)
+                self._save_alone()
             self.context.tell({"op": "stopped", "step": self.step})
             park()
 
@@ -119,7 +119,7 @@ class Leaving(Rounds):
         done_before = self.source is not None and self.source.reason == "final" and trained == 0
         if not self.tracked.is_empty and not done_before:
             self._wait_for_all()
-            self._save_alone(last=True)
+            self._save_alone()
             self.saver.stage(self.step, self.head(waits=True), "final", "")
             self.agreement.now({})  # until the last share is staged, each rank is the others' way back
         said = f"complete at step {self.step}; raise epochs or name a new run" if done_before else ""

@@ -72,13 +72,10 @@ class Rounds(Tracking):
             self._copied(self.saver.snapshot(self.step, self.head()))
         self._save_alone()
 
-    def _save_alone(self, last: bool = False) -> None:
-        """What rank 0 saves by itself. `last`: no resume point follows, so nothing can wait for it."""
-
-        def stage(name: str) -> bool:
-            return self.saver.stage_whole(self.step, self.head(waits=True), "requested", name, last)
-
-        self.saves.alone(self._saves_together, stage)
+    def _save_alone(self) -> None:
+        """What rank 0 saves by itself."""
+        for name in self.saves.alone(self._saves_together):
+            self.saver.stage_whole(self.step, self.head(waits=True), "requested", name)
 
     @property
     def _stop_reason(self) -> str:

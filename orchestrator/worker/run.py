@@ -39,6 +39,10 @@ def init() -> Run:
     global ACTIVE
     if ACTIVE is None:
         ACTIVE = Run()
+        if ACTIVE.context is None and ACTIVE.world_size > 1:
+            from orchestrator.worker.plain_end import GroupEnd
+
+            GroupEnd(ACTIVE).install()
         if isinstance(ACTIVE.saver, PlainSaver):
             from orchestrator.worker.plain_end import ScriptEnd
 

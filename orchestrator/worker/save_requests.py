@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
 
 from orchestrator.worker.agreement import Agreed, Wish
 from orchestrator.worker.group import Group
@@ -105,12 +104,13 @@ class SaveRequests:
         self.busy = True
         self._stale = round_pending
 
-    def alone(self, together: bool, stage: Callable[[str], bool]) -> None:
-        """On rank 0: `stage` by name the saves that it makes by itself, until one says that it must wait."""
+    def alone(self, together: bool) -> list[str]:
+        """On rank 0: the names of saves that it makes by itself, now."""
         if together or self._group.rank != 0:
-            return
-        while self._names and stage(self._names[0]):
-            self._names.popleft()
+            return []
+        names = list(self._names)
+        self._names.clear()
+        return names
 
 
 def _called(call: int) -> str:

@@ -33,10 +33,8 @@ class Saver(Protocol):
         """Copy this rank's share to memory for storage; all ranks call it for the same step. Returns the stall."""
         ...
 
-    def stage_whole(self, step: int, head: dict[str, Any], reason: str, name: str, last: bool = False) -> bool:
-        """This rank alone supplies the whole state for a checkpoint. False: the one before is still being written, ask
-        again at a later resume point; never so if this is the `last` one.
-        """
+    def stage_whole(self, step: int, head: dict[str, Any], reason: str, name: str) -> None:
+        """This rank alone supplies the whole state for a checkpoint."""
         ...
 
     def write_whole(self, step: int) -> Segment:
@@ -82,13 +80,10 @@ class LaunchedSaver:
         faults.at("staged", step)
         return float(done["stall_ms"]) / 1e3
 
-    def stage_whole(self, step: int, head: dict[str, Any], reason: str, name: str, last: bool = False) -> bool:
-        segment = self._stager.write_whole(step, head, last)
-        if segment is None:
-            return False
+    def stage_whole(self, step: int, head: dict[str, Any], reason: str, name: str) -> None:
+        segment = self._stager.write_whole(step, head)
         message = {"op": "staged_whole", "step": step, "reason": reason, "name": name, "bytes": segment.data_bytes(0)}
         self._context.tell(message, (segment.fd,))
-        return True
 
     def write_whole(self, step: int) -> Segment:
         return self._stager.write_salvage(step, self._stager.head_at(step) or {})
@@ -119,9 +114,8 @@ class PlainSaver:
     def stage(self, step: int, head: dict[str, Any], reason: str, name: str) -> float:
         return self._writer.write(step, head, reason, name)
 
-    def stage_whole(self, step: int, head: dict[str, Any], reason: str, name: str, last: bool = False) -> bool:
+    def stage_whole(self, step: int, head: dict[str, Any], reason: str, name: str) -> None:
         self._writer.write_alone(step, head, reason, name)
-        return True
 
     def write_whole(self, step: int) -> Segment:
         raise AssertionError("nobody salvages a process outside the launcher")
@@ -155,8 +149,8 @@ class NoSaver:
     def stage(self, step: int, head: dict[str, Any], reason: str, name: str) -> float:
         return 0.0
 
-    def stage_whole(self, step: int, head: dict[str, Any], reason: str, name: str, last: bool = False) -> bool:
-        return True
+    def stage_whole(self, step: int, head: dict[str, Any], reason: str, name: str) -> None:
+        pass
 
     def write_whole(self, step: int) -> Segment:
         raise AssertionError("nobody salvages a process outside the launcher")

@@ -10,7 +10,7 @@ import torch
 
 from orchestrator.storage.segment import deal
 from orchestrator.worker import faults
-from orchestrator.worker.context import WorkerContext
+from orchestrator.worker.context import WorkerContext, park
 from orchestrator.worker.copying import CopyPlan, Named, slot_meta
 from orchestrator.worker.group import Group
 from orchestrator.worker.shm import Segment
@@ -18,6 +18,7 @@ from orchestrator.worker.tracked import RunState
 
 RECORD_SLOTS = 4  # a label is written at most two steps ahead of the slowest survivor
 ARENA_SLOTS = 3  # one being written out, one newest, one being filled
+WHOLE_SEGMENTS = 3  # saves of the script's own that may be on their way to storage
 _SLACK = 4096
 
 
@@ -36,7 +37,7 @@ class Stager:
         self._buffers: Segment | None = None
         self._buffer_plan: CopyPlan | None = None
         self._buffer_marks: list[tuple[int, int]] = []
-        self._whole: Segment | None = None
+        self._wholes: list[Segment] = []
         self._arena: Segment | None = None
         self._plan: CopyPlan | None = None
         self._owners: tuple[list[str], dict[str, int]] = ([], {})
@@ -157,24 +158,32 @@ class Stager:
         segment.complete(0, self._context.attempt, step, meta, plan.data_bytes)
         return segment
 
-    def write_whole(self, step: int, head: dict[str, Any], last: bool) -> Segment | None:
-        """Everything this rank holds, pinned in the one slot for it; None while the saver still writes that out.
-        `last`: there will be no other time, so take more memory.
+    def write_whole(self, step: int, head: dict[str, Any]) -> Segment:
+        """Everything this rank holds, pinned in a segment of one slot. Which step is saved must not depend on how fast
+        storage is, so it waits if the saver still has WHOLE_SEGMENTS to write.
         """
-        whole = self._whole
-        if whole is not None and whole.is_pinned(0) and not last:
-            return None
         plan = CopyPlan([*self._state.replicated(), *self._state.per_rank(), *self._state.buffers()])
         meta = slot_meta(plan.table_json, head, **self._labels(step), **self._trees())
-        if whole is not None and (whole.is_pinned(0) or len(meta) > whole.meta_cap or plan.data_bytes > whole.data_cap):
-            whole.close()
-            whole = self._whole = None
-        if whole is None:
-            whole = self._whole = Segment.create("whole", 1, 2 * len(meta) + _SLACK, plan.data_bytes)
+        whole = self._free_whole(len(meta), plan.data_bytes)
         whole.begin(0)
         plan.copy(whole, 0)
         whole.complete(0, self._context.attempt, step, meta, plan.data_bytes, pin=True)
         return whole
+
+    def _free_whole(self, meta_bytes: int, data_bytes: int) -> Segment:
+        while True:
+            free = [segment for segment in self._wholes if not segment.is_pinned(0)]
+            for segment in free:
+                if meta_bytes <= segment.meta_cap and data_bytes <= segment.data_cap:
+                    return segment
+                self._wholes.remove(segment)
+                segment.close()
+            if len(self._wholes) < WHOLE_SEGMENTS:
+                self._wholes.append(Segment.create("whole", 1, 2 * meta_bytes + _SLACK, data_bytes))
+                return self._wholes[-1]
+            if self._context.poisoned:
+                park()
+            time.sleep(0.001)
 
     def head_at(self, step: int) -> dict[str, Any] | None:
         """The head recorded for resume point `step`, if it is still there."""

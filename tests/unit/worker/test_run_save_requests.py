@@ -13,18 +13,9 @@ def requests(rank: int = 0, orders: int = 0) -> SaveRequests:
     return SaveRequests(Group(rank, rank, 1, 1, torch.device("cpu")), orders)
 
 
-def alone(saves: SaveRequests, together: bool = False, room: int = 9) -> list[str]:
-    """Names that are staged while the segment for them has room."""
-    staged: list[str] = []
-
-    def stage(name: str) -> bool:
-        if len(staged) < room:
-            staged.append(name)
-            return True
-        return False
-
-    saves.alone(together, stage)
-    return staged
+def alone(saves: SaveRequests, together: bool = False) -> list[str]:
+    """Names that rank 0 stages now."""
+    return saves.alone(together)
 
 
 def round_of(own: dict[Wish, int] | None = None, **others: int) -> Agreed:
@@ -86,16 +77,6 @@ def test_rank_0_saves_by_itself_what_the_script_asks_for() -> None:
     assert alone(saves) == []
     saves.take(round_of({Wish.CALLS: 2}), fresh=False)
     assert not saves.due(together=False)
-    assert alone(saves) == []
-
-
-def test_a_name_waits_while_the_save_before_it_is_being_written() -> None:
-    saves = requests()
-    saves.call("first")
-    saves.call("second")
-    assert alone(saves, room=1) == ["first"]
-    assert alone(saves, room=0) == []
-    assert alone(saves, room=1) == ["second"]
     assert alone(saves) == []
 
 

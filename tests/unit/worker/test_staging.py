@@ -18,7 +18,7 @@ from orchestrator.worker.copying import CopyPlan, view_of
 from orchestrator.worker.group import Group
 from orchestrator.worker.restore import SegmentSource
 from orchestrator.worker.shm import Segment
-from orchestrator.worker.staging import Stager
+from orchestrator.worker.staging import WHOLE_SEGMENTS, Stager
 from orchestrator.worker.tracked import RunState
 
 
@@ -113,15 +113,14 @@ def test_buffers_that_grow_keep_those_of_the_resume_point() -> None:
     assert agent.tensor("buffers", 2, "model.seen").tolist() == [2.0] * 5000
 
 
-def test_saves_of_one_rank_share_one_slot_until_the_last_one() -> None:
+def test_saves_of_one_rank_take_turns_in_a_few_segments() -> None:
     _, stager, _ = staged(model=nn.Linear(2, 2))
-    first = stager.write_whole(1, {}, last=False)
-    assert first is not None
-    assert stager.write_whole(2, {}, last=False) is None
-    first.unpin(0)
-    assert stager.write_whole(2, {}, last=False) is first and first.find(1, 2) == 0
-    last = stager.write_whole(3, {}, last=True)
-    assert last is not None and last is not first and first.find(1, 2) == 0
+    segments = [stager.write_whole(step, {}) for step in range(1, WHOLE_SEGMENTS + 1)]
+    assert len({id(segment) for segment in segments}) == WHOLE_SEGMENTS
+    segments[1].unpin(0)
+    again = stager.write_whole(9, {})
+    assert again is segments[1] and again.find(1, 9) == 0
+    assert segments[0].find(1, 1) == 0
 
 
 def test_a_plan_writes_into_the_segment_at_hand_although_it_has_the_number_of_a_closed_one() -> None:
