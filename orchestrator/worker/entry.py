@@ -24,6 +24,7 @@ from orchestrator.worker.context import WorkerContext, park
 from orchestrator.worker.shm import BeatPage
 
 _PR_SET_PDEATHSIG = 1
+_KEPT: list[Any] = []
 
 
 def die_with_parent() -> None:
@@ -86,6 +87,7 @@ def _work(sock: socket.socket, spec: dict[str, Any], descriptors: list[int]) -> 
     context_module.CURRENT = ours
     ours.mark("fork")
     _settle(spec)
+    _keep_process_groups()
     from orchestrator.worker.salvage import SideThread
 
     SideThread(ours).start()
@@ -159,6 +161,26 @@ def run_program(ours: WorkerContext, spec: dict[str, Any]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     return 0
+
+
+def _keep_process_groups() -> None:
+    """Let no process group of the script be destroyed before this process ends.
+
+    torch 2.13 can deadlock there: dropping the last reference holds the interpreter lock and joins gloo's threads, one
+    of which waits for that lock to drop its own last work. So a rank hung after its script's last line.
+    """
+    from torch.distributed import distributed_c10d as c10d
+
+    make = getattr(c10d, "_new_process_group_helper", None)
+    if make is None:
+        return
+
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        made = make(*args, **kwargs)
+        _KEPT.append(made)
+        return made
+
+    c10d._new_process_group_helper = kept
 
 
 def _exit_code(leaving: SystemExit) -> int:
