@@ -130,10 +130,10 @@ def _names_in(directory: Path) -> list[str]:
         raise UsageError(str(explain(error, directory, "read"))) from error
 
 
-def probe_writable(directory: Path, *, remove: bool = False) -> None:
+def probe_writable(directory: Path) -> None:
     """Write, sync and delete a file of 1 MiB. Raises UsageError (before anything is started) saying what is wrong.
 
-    `remove` takes directories that had to be made for the probe away again.
+    Directories made for it stay, as another launch may be about to use them; only a failed probe takes them away.
     """
     made = _missing(directory)
     probe = directory / f"{TEMPORARY}{secrets.token_hex(8)}"
@@ -150,8 +150,6 @@ def probe_writable(directory: Path, *, remove: bool = False) -> None:
     except OSError as error:
         _remove_empty(made)
         raise UsageError(str(explain(error, directory, "write to"))) from error
-    if remove:
-        _remove_empty(made)
 
 
 def _fill(descriptor: int) -> None:
