@@ -134,8 +134,7 @@ def check_imports(program: Program) -> None:
             if name not in sys.builtin_module_names and not _is_there(name):
                 raise UsageError(
                     f"{path}:{line} imports {name}, which is not installed for {sys.executable}; install it, or run "
-                    "the "
-                    "orchestrator from the environment that has it. Nothing was started"
+                    "the orchestrator from the environment that has it. Nothing was started"
                 )
     finally:
         sys.path[:] = before

@@ -46,8 +46,7 @@ class Leaving(Rounds):
         if self.group.control is not None and not self._all_leave():
             error = UsageError(
                 f"Rank {self.group.rank} left the loop by `break`{where and ' at '}{where} in step {self.step} while "
-                "another "
-                "rank went on; one rank's wish to end is `run.finish(reason)`."
+                "another rank went on; one rank's wish to end is `run.finish(reason)`."
             )
             if not where:
                 raise error
@@ -107,8 +106,7 @@ class Leaving(Rounds):
             theirs = "is still in its loop" if agreed[Wish.STAYING] else "took more or fewer"
             raise UsageError(
                 f"The script ended on rank {self.group.rank} after step {self.step} while another rank {theirs}; all "
-                "ranks "
-                "must take the same steps. One rank's wish to end is `run.finish(reason)`."
+                "ranks must take the same steps. One rank's wish to end is `run.finish(reason)`."
             )
 
     def complete(self) -> None:

@@ -51,8 +51,8 @@ class Tracking(Standing):
         if first and strangers and trees:  # what a later phase tracks may well be new
             raise UsageError(
                 f"The checkpoint of step {self.step} holds {', '.join(trees)}, but not {', '.join(strangers)}: it "
-                "would "
-                "start anew in the middle of the run. Track it by its old name, or start a new run with `--run-name`."
+                "would start anew in the middle of the run. Track it by its old name, or start a new run with "
+                "`--run-name`."
             )
         try:
             notices = self.tracked.load(trees, source.fetch, known)
@@ -97,10 +97,8 @@ class Tracking(Standing):
         if extremes.tolist() != [digest, -digest]:
             raise UsageError(
                 f"What rank {self.group.rank} tracks is not what other ranks track ({', '.join(self.tracked.names)}): "
-                "names, "
-                "shapes or initial values differ. Build the same on every rank, after `run.prepare(model)`; name what "
-                "is "
-                "meant to differ in `track(…, per_rank=[…])`."
+                "names, shapes or initial values differ. Build the same on every rank, after `run.prepare(model)`; "
+                "name what is meant to differ in `track(…, per_rank=[…])`."
             )
 
     def _synced_ids(self) -> set[int]:
